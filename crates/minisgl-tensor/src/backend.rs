@@ -1,0 +1,378 @@
+//! What a device must be able to do: whole, already fused operations.
+//!
+//! Every operation is ordered behind the ones called before it. On an asynchronous device a call
+//! only enqueues; what it reports is that it could be enqueued. Shapes stand at the operations:
+//! `tokens` are the tokens of a step, `rows` its requests. Activations have the backend's
+//! `activation_dtype`, sums and norms are taken in f32 or better.
+
+use std::any::Any;
+use std::sync::Arc;
+
+use crate::{DType, HostTensor, Precision, Tensor, Weight};
+
+/// An operation's outcome.
+pub type Result<T, E = BackendError> = std::result::Result<T, E>;
+
+/// Why a device could not do what it was asked.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum BackendError {
+    /// Not enough device memory.
+    #[error("out of device memory: {bytes} bytes asked for, {free} free")]
+    OutOfMemory {
+        /// Bytes asked for.
+        bytes: usize,
+        /// Bytes free.
+        free: usize,
+    },
+    /// The device, its driver or one of its libraries failed.
+    #[error("{0}")]
+    Device(Arc<str>),
+    /// This backend has no kernel for what was asked; found when a model is loaded.
+    #[error("{0}")]
+    Unsupported(Arc<str>),
+}
+
+/// A device, as the engine sees it. One value per rank.
+pub trait Backend: Send + Sync {
+    // ---- memory ----
+
+    /// For messages: `"cpu (AVX2, 2 threads)"`, `"NVIDIA H200"`.
+    fn name(&self) -> String;
+    /// What the device has and what of it is free.
+    fn memory(&self) -> Result<MemoryInfo>;
+    /// The type of activations at this precision.
+    fn activation_dtype(&self) -> DType;
+    /// The type in which K and V are kept.
+    fn kv_dtype(&self) -> DType;
+    /// Zeroed memory.
+    fn alloc(&self, dtype: DType, shape: &[usize]) -> Result<Tensor>;
+    /// Copies host bytes to the front of `dst`. `src` may be reused at once.
+    fn upload(&self, src: &[u8], dst: &Tensor) -> Result<()>;
+    /// Starts copying `src` to the host.
+    fn download(&self, src: &Tensor) -> Result<Box<dyn Download>>;
+    /// Waits for everything enqueued.
+    fn synchronize(&self) -> Result<()>;
+    /// Records what `enqueue` enqueues as a graph that can be launched again and again, without
+    /// running it. `None` on a device without graphs: run `enqueue` each time instead.
+    fn capture(&self, enqueue: &mut dyn FnMut() -> Result<()>) -> Result<Option<Box<dyn Graph>>>;
+
+    // ---- weights ----
+
+    /// A matrix `[Σ rows, cols]` from parts stacked along the rows (Q, K and V; gate and up).
+    fn matrix(&self, parts: &[HostTensor<'_>], precision: Precision) -> Result<Weight>;
+    /// The experts of one MoE layer: `gate_up[e]` are the parts of expert e's matrix as for
+    /// `matrix`. Result `[experts, rows, cols]`.
+    fn expert_matrices(&self, experts: &[Vec<HostTensor<'_>>], precision: Precision)
+    -> Result<Weight>;
+    /// A vector in f32 (norm weights, biases): parts one behind the other.
+    fn vector(&self, parts: &[HostTensor<'_>]) -> Result<Weight>;
+
+    // ---- the forward pass ----
+
+    /// `ids[t] = input_ids[t] >= 0 ? input_ids[t] : token_table[-1 - input_ids[t]]`, then
+    /// `out[t] = table[ids[t]] · scale`. Ids outside `range` (another rank's share of the
+    /// vocabulary) give a row of zeros.
+    ///
+    /// `input_ids [tokens] I32`, `token_table [slots] I32`, `out [tokens, hidden]`.
+    fn embed(&self, args: &Embed<'_>, out: &Tensor) -> Result<()>;
+    /// `out = x / rms(x) · weight` (or `· (1 + weight)`). `x`, `out [rows, hidden]`, maybe equal.
+    fn rms_norm(&self, x: &Tensor, norm: &Norm, out: &Tensor) -> Result<()>;
+    /// `out = x · wᵀ (+ bias)`, or `out += …` for `Store::Add`. With `norm`, `x` is normed on the
+    /// way; `x` itself does not change. `x [rows, in]`, `out [rows, out]`.
+    fn linear(&self, args: &Linear<'_>, out: &Tensor) -> Result<()>;
+    /// `out = act(g) · u`, where `[g, u] = norm(x) · wᵀ`, `w [2·inner, in]` with the gate's rows
+    /// first. `out [rows, inner]`.
+    fn gated_linear(&self, args: &Linear<'_>, activation: Activation, out: &Tensor) -> Result<()>;
+    /// `x += delta`: the residual, where an all-reduce or a norm stands between. Both
+    /// `[rows, hidden]`.
+    fn add(&self, x: &Tensor, delta: &Tensor) -> Result<()>;
+    /// Norms Q and K per head (where the model does), rotates them, writes K and V into their
+    /// pages, and leaves Q, scaled by nothing, in place.
+    /// `qkv [tokens, (q_heads + 2·kv_heads)·head_dim]`.
+    fn rope_store(&self, args: &RopeStore<'_>, qkv: &Tensor) -> Result<()>;
+    /// Causal attention of each row's queries over its pages, `cached_len + extend_len` long,
+    /// the row's own tokens included. Reads Q from `qkv`; `out [tokens, q_heads·head_dim]`.
+    fn attention(&self, args: &Attention<'_>, qkv: &Tensor, out: &Tensor) -> Result<()>;
+    /// `out += Σ over a token's top experts of weight_e · down_e(act(gate_e) · up_e)` of
+    /// `norm(x)`, or `out = …`. `x`, `out [tokens, hidden]`.
+    fn moe(&self, args: &Moe<'_>, out: &Tensor) -> Result<()>;
+    /// `out[i] = x[indices[i]]`. `indices [n] I32`, `x [tokens, width]`, `out [n, width]`.
+    fn gather(&self, x: &Tensor, indices: &Tensor, out: &Tensor) -> Result<()>;
+
+    // ---- logits and sampling; logits are f32 [rows, vocab] ----
+
+    /// `logits = cap · tanh(logits / cap)`.
+    fn soft_cap(&self, logits: &Tensor, cap: f32) -> Result<()>;
+    /// Applies edits and masks. See `Adjust`.
+    fn adjust(&self, args: &Adjust<'_>, logits: &Tensor) -> Result<()>;
+    /// One token a row, written to `tokens[row]` and to `token_table[slots[row]]`.
+    fn sample(&self, args: &Sample<'_>, logits: &Tensor) -> Result<()>;
+    /// For row i: `logprob[i]` and `rank[i]` of `targets[i]`, and the `top` most likely ids with
+    /// their log-probabilities, most likely first.
+    fn logprobs(&self, args: &Logprobs<'_>, logits: &Tensor) -> Result<()>;
+
+    /// Lets a backend's own tools reach it.
+    fn as_any(&self) -> &dyn Any;
+}
+
+/// A download under way.
+pub trait Download: Send {
+    /// Waits for the bytes.
+    fn wait(self: Box<Self>) -> Result<Vec<u8>>;
+}
+
+/// Recorded device work. It reads and writes the very addresses it was recorded with.
+pub trait Graph: Send {
+    /// Enqueues the whole of it.
+    fn launch(&self) -> Result<()>;
+}
+
+/// Device memory in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemoryInfo {
+    /// In all.
+    pub total: usize,
+    /// Not in use by anyone.
+    pub free: usize,
+}
+
+/// An RMS norm (Zhang and Sennrich, 2019).
+#[derive(Clone, Debug)]
+pub struct Norm {
+    /// `[width]`.
+    pub weight: Weight,
+    /// Added to the mean square.
+    pub eps: f32,
+    /// Multiply with `1 + weight` (Gemma) and not `weight`.
+    pub plus_one: bool,
+}
+
+/// What becomes of an operation's result.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Store {
+    /// `out = …`
+    Set,
+    /// `out += …`
+    Add,
+}
+
+/// The first factor of a gated MLP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activation {
+    /// `x · sigmoid(x)`
+    Silu,
+    /// GELU by its tanh approximation.
+    GeluTanh,
+}
+
+/// Arguments of `Backend::embed`.
+#[derive(Debug)]
+pub struct Embed<'a> {
+    /// `[tokens] I32`; negative ids point into the token table.
+    pub input_ids: &'a Tensor,
+    /// `[slots] I32`.
+    pub token_table: &'a Tensor,
+    /// This rank's rows of the embedding.
+    pub table: &'a Weight,
+    /// The first id that `table` holds.
+    pub first_id: usize,
+    /// Multiplied with the embedding.
+    pub scale: f32,
+}
+
+/// Arguments of `Backend::linear` and `gated_linear`.
+#[derive(Debug)]
+pub struct Linear<'a> {
+    /// `[rows, in]`.
+    pub x: &'a Tensor,
+    /// Norms `x` on the way in.
+    pub norm: Option<&'a Norm>,
+    /// `[out, in]`.
+    pub weight: &'a Weight,
+    /// `[out]`.
+    pub bias: Option<&'a Weight>,
+    /// Whether the result is set or added.
+    pub store: Store,
+}
+
+/// How the heads of one layer lie.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Heads {
+    /// Query heads on this rank.
+    pub q: usize,
+    /// Key and value heads on this rank; divides `q`.
+    pub kv: usize,
+    /// Elements of a head.
+    pub dim: usize,
+}
+
+impl Heads {
+    /// Width of a token's Q, K and V together.
+    pub fn qkv_width(&self) -> usize {
+        (self.q + 2 * self.kv) * self.dim
+    }
+}
+
+/// One layer's pages: `[pages, kv_heads, page_size, head_dim]` each, in the backend's `kv_dtype`.
+#[derive(Clone, Debug)]
+pub struct KvLayer {
+    /// Keys, rotated.
+    pub k: Tensor,
+    /// Values.
+    pub v: Tensor,
+}
+
+/// The step as the device sees it. All tensors are I32 and lie in fixed buffers, so that a
+/// captured graph finds the next step's values where it found the last one's.
+#[derive(Clone, Debug)]
+pub struct Batch {
+    /// Requests in the step. Padding rows of a graph bucket count: their `kv_len` is 0, and
+    /// attention leaves their output alone.
+    pub rows: usize,
+    /// Tokens in the step.
+    pub tokens: usize,
+    /// Rows `0..decode_rows` extend by one token, row i being token i.
+    pub decode_rows: usize,
+    /// `[rows]`: which row of the page table.
+    pub slots: Tensor,
+    /// `[rows + 1]`: row i's tokens are `query_start[i]..query_start[i+1]`.
+    pub query_start: Tensor,
+    /// `[rows]`: tokens to attend over, `cached_len + extend_len`.
+    pub kv_len: Tensor,
+    /// `[tokens]`: position in its sequence.
+    pub positions: Tensor,
+    /// `[tokens]`: where K and V go: `page · page_size + offset`, or −1 for padding.
+    pub store_at: Tensor,
+    /// `[slots, pages a request]`.
+    pub page_table: Tensor,
+    /// Token slots in a page.
+    pub page_size: usize,
+    /// The same numbers on the host, for devices that plan their work there, and for grid sizes.
+    /// `None` while a graph is captured: then nothing may depend on them.
+    pub host: Option<Arc<HostBatch>>,
+    /// The longest `kv_len` that this step (or any launch of the captured graph) can have.
+    pub kv_len_max: usize,
+    /// The most tokens in one row.
+    pub extend_len_max: usize,
+}
+
+/// A step's lengths on the host.
+#[derive(Clone, Debug, Default)]
+pub struct HostBatch {
+    /// As `Batch::query_start`.
+    pub query_start: Vec<i32>,
+    /// As `Batch::kv_len`.
+    pub kv_len: Vec<i32>,
+}
+
+/// Arguments of `Backend::rope_store`.
+#[derive(Debug)]
+pub struct RopeStore<'a> {
+    /// The step.
+    pub batch: &'a Batch,
+    /// This rank's heads.
+    pub heads: Heads,
+    /// Per-head norms before the rotation.
+    pub q_norm: Option<&'a Norm>,
+    /// As `q_norm`.
+    pub k_norm: Option<&'a Norm>,
+    /// `[positions, head_dim] F32`: for each position `head_dim/2` cosines, then as many sines.
+    /// Element `i` rotates with element `i + head_dim/2` (the Hugging Face convention). Scaling
+    /// of frequencies and attention factors are already in it.
+    pub rope: &'a Tensor,
+    /// Where K and V go.
+    pub kv: &'a KvLayer,
+}
+
+/// Arguments of `Backend::attention`.
+#[derive(Debug)]
+pub struct Attention<'a> {
+    /// The step.
+    pub batch: &'a Batch,
+    /// This rank's heads.
+    pub heads: Heads,
+    /// Pages to read.
+    pub kv: &'a KvLayer,
+    /// Multiplied with the scores.
+    pub scale: f32,
+    /// A token sees itself and this many − 1 before it.
+    pub window: Option<usize>,
+    /// `cap · tanh(score / cap)`.
+    pub soft_cap: Option<f32>,
+}
+
+/// Arguments of `Backend::moe`.
+#[derive(Debug)]
+pub struct Moe<'a> {
+    /// `[tokens, hidden]`.
+    pub x: &'a Tensor,
+    /// Norms `x` on the way in.
+    pub norm: &'a Norm,
+    /// `[experts, hidden]`.
+    pub router: &'a Weight,
+    /// `[experts, 2·inner, hidden]`.
+    pub gate_up: &'a Weight,
+    /// `[experts, hidden, inner]`.
+    pub down: &'a Weight,
+    /// Experts a token.
+    pub top_k: usize,
+    /// Whether the chosen experts' weights are scaled to sum to 1.
+    pub renormalize: bool,
+    /// Whether the result is set or added.
+    pub store: Store,
+}
+
+/// Arguments of `Backend::adjust`. Edits first, then masks:
+/// `logit = (logit > 0 ? logit / scale : logit · scale) + bias`; masked logits become −∞.
+#[derive(Debug)]
+pub struct Adjust<'a> {
+    /// `(row, token, scale, bias)`.
+    pub edits: &'a [(u32, u32, f32, f32)],
+    /// `(row, allowed tokens, a bit each, low bit first)`.
+    pub masks: &'a [(u32, &'a [u32])],
+}
+
+/// Arguments of `Backend::sample`. Every tensor has one entry a row.
+///
+/// Temperature, then top-k, top-p and min-p over what is left, then one draw: the token is the
+/// one that inverts the cumulative distribution at a uniform number made by Philox-4x32-10 from
+/// `(seed, position)` alone. Equal logits on the border of top-k or top-p go to the lower id.
+/// Temperature 0 takes the most likely token, the lowest id among equals.
+#[derive(Debug)]
+pub struct Sample<'a> {
+    /// F32; 0 is greedy.
+    pub temperature: &'a Tensor,
+    /// I32; 0 keeps all.
+    pub top_k: &'a Tensor,
+    /// F32.
+    pub top_p: &'a Tensor,
+    /// F32.
+    pub min_p: &'a Tensor,
+    /// `[rows, 2] I32`: low and high half of the 64-bit seed.
+    pub seed: &'a Tensor,
+    /// I32: the position that the sampled token will have.
+    pub position: &'a Tensor,
+    /// I32: where in the token table the token goes; −1 for nowhere.
+    pub slots: &'a Tensor,
+    /// Whether every row is greedy, so that a simpler kernel does.
+    pub all_greedy: bool,
+    /// Written: `[slots] I32`.
+    pub token_table: &'a Tensor,
+    /// Written: `[rows] I32`.
+    pub tokens: &'a Tensor,
+}
+
+/// Arguments of `Backend::logprobs`.
+#[derive(Debug)]
+pub struct Logprobs<'a> {
+    /// `[rows] I32`: the ids asked for.
+    pub targets: &'a Tensor,
+    /// Written: `[rows] F32`.
+    pub logprob: &'a Tensor,
+    /// Written: `[rows] I32`.
+    pub rank: &'a Tensor,
+    /// Written: `[rows, top] I32`.
+    pub top_ids: &'a Tensor,
+    /// Written: `[rows, top] F32`.
+    pub top_logprobs: &'a Tensor,
+}

@@ -1,0 +1,1 @@
+//! Mini-SGLang in Rust.

@@ -1,0 +1,3 @@
+//! The minisgl binary.
+
+fn main() {}
