@@ -179,6 +179,14 @@ impl AdjustmentsCell {
         self.filled.notify_all();
     }
 
+    /// Lets go of the ranks that wait where the value will never come, because the engine ends.
+    /// Does nothing once the cell is filled.
+    pub fn abandon(&self) {
+        let mut slot = self.value.lock().expect("no rank panics while it holds this lock");
+        slot.get_or_insert_default();
+        self.filled.notify_all();
+    }
+
     /// Waits until the scheduler has filled the value.
     pub fn wait(&self) -> Arc<Vec<RowAdjustment>> {
         let mut slot = self.value.lock().expect("the scheduler does not panic with this lock");

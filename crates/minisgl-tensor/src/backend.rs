@@ -48,6 +48,9 @@ pub trait Backend: Send + Sync {
     fn alloc(&self, dtype: DType, shape: &[usize]) -> Result<Tensor>;
     /// Copies host bytes to the front of `dst`. `src` may be reused at once.
     fn upload(&self, src: &[u8], dst: &Tensor) -> Result<()>;
+    /// `out[indices[i]] = values[i]`; negative indices are left out. All I32, `out` read as flat.
+    /// This is how a step's changes reach the page table.
+    fn scatter(&self, indices: &Tensor, values: &Tensor, out: &Tensor) -> Result<()>;
     /// Starts copying `src` to the host.
     fn download(&self, src: &Tensor) -> Result<Box<dyn Download>>;
     /// Waits for everything enqueued.
