@@ -1,0 +1,290 @@
+//! A step's small integers: packed on the host, one upload, views on the device.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use anyhow::Result;
+use minisgl_scheduler::plan::{PageUpdate, RowInput, RowOutput, StepPlan};
+use minisgl_tensor::{Backend, BackendError, Batch, DType, HostBatch, Sample, Tensor};
+
+use crate::workspace::{StepSizes, Workspace};
+
+/// Page updates that travel in one upload.
+const UPDATES_MAX: usize = 4096;
+/// Values in the buffer begin at multiples of this, so that kernels may read them four at a time.
+const ALIGN: usize = 4;
+
+/// The buffers of all steps.
+pub struct Inputs {
+    host: Vec<i32>,
+    device: Tensor,
+    page_table: Tensor,
+    /// The same on the host, to know where a token's K and V go.
+    page_table_host: Vec<u32>,
+    pages_per_slot: usize,
+    page_size: usize,
+    seq_len_max: usize,
+}
+
+/// A step as the device sees it.
+pub struct StepInputs {
+    pub batch: Batch,
+    /// `[tokens] I32`.
+    pub ids: Tensor,
+    /// For each plan row that samples: which.
+    pub sampled_rows: Vec<usize>,
+    /// `[sampled] I32`: each one's last token in the step.
+    pub last_tokens: Tensor,
+    /// Token i is row i, and all rows sample: logits are taken of all tokens.
+    pub dense: bool,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seed: Tensor,
+    position: Tensor,
+    slots: Tensor,
+    all_greedy: bool,
+}
+
+impl StepInputs {
+    /// The arguments of `Backend::sample`.
+    pub fn sample<'a>(&'a self, workspace: &'a Workspace, tokens: &'a Tensor) -> Sample<'a> {
+        Sample {
+            temperature: &self.temperature,
+            top_k: &self.top_k,
+            top_p: &self.top_p,
+            min_p: &self.min_p,
+            seed: &self.seed,
+            position: &self.position,
+            slots: &self.slots,
+            all_greedy: self.all_greedy,
+            token_table: &workspace.token_table,
+            tokens,
+        }
+    }
+}
+
+/// Appends to the host buffer and remembers where each part begins.
+struct Packer<'a>(&'a mut Vec<i32>);
+
+impl Packer<'_> {
+    fn push(&mut self, values: impl IntoIterator<Item = i32>) -> Range<usize> {
+        self.push_padded(values, 0, 0)
+    }
+
+    /// At least `len` values, `filler` behind those given.
+    fn push_padded(
+        &mut self,
+        values: impl IntoIterator<Item = i32>,
+        len: usize,
+        filler: i32,
+    ) -> Range<usize> {
+        let start = self.0.len().next_multiple_of(ALIGN);
+        self.0.resize(start, 0);
+        self.0.extend(values);
+        if self.0.len() < start + len {
+            self.0.resize(start + len, filler);
+        }
+        start..self.0.len()
+    }
+}
+
+impl Inputs {
+    pub fn new(
+        backend: &dyn Backend,
+        sizes: StepSizes,
+        page_size: usize,
+        seq_len_max: usize,
+    ) -> Result<Self> {
+        let pages_per_slot = seq_len_max.div_ceil(page_size);
+        // Three values a token, three a row for the batch, nine for sampling, and the updates.
+        let capacity = 3 * sizes.tokens + 12 * sizes.rows + 2 * UPDATES_MAX + 32 * ALIGN;
+        Ok(Self {
+            host: Vec::new(),
+            device: backend.alloc(DType::I32, &[capacity])?,
+            page_table: backend.alloc(DType::I32, &[sizes.rows, pages_per_slot])?,
+            page_table_host: vec![0; sizes.rows * pages_per_slot],
+            pages_per_slot,
+            page_size,
+            seq_len_max,
+        })
+    }
+
+    /// Uploads a plan. With `bucket`, the step is padded to that many rows of one token each, and
+    /// its parts lie where every step of that bucket has them.
+    pub fn upload(
+        &mut self,
+        backend: &dyn Backend,
+        plan: &StepPlan,
+        bucket: Option<usize>,
+    ) -> Result<StepInputs, BackendError> {
+        let updates = self.apply_updates(backend, &plan.page_updates)?;
+        let mut host = std::mem::take(&mut self.host);
+        host.clear();
+        let inputs = self.pack(&mut host, plan, bucket);
+        let mut packer = Packer(&mut host);
+        let indices = packer.push(updates.iter().map(|update| self.flat(update) as i32));
+        let pages = packer.push(updates.iter().map(|update| update.page.0 as i32));
+        backend.upload(bytemuck::cast_slice(&host), &self.device)?;
+        self.host = host;
+        if !updates.is_empty() {
+            let (indices, pages) = (self.view(indices), self.view(pages));
+            backend.scatter(&indices, &pages, &self.page_table)?;
+        }
+        Ok(inputs)
+    }
+
+    /// A batch of nothing but padding, to warm up and to capture with.
+    pub fn upload_padding(
+        &mut self,
+        backend: &dyn Backend,
+        bucket: usize,
+    ) -> Result<StepInputs, BackendError> {
+        let plan =
+            StepPlan { step: 0, rows: Vec::new(), page_updates: Vec::new(), adjustments: None };
+        self.upload(backend, &plan, Some(bucket))
+    }
+
+    /// Notes all updates on the host, and sends all but the last lot, which rides with the step.
+    fn apply_updates<'a>(
+        &mut self,
+        backend: &dyn Backend,
+        updates: &'a [PageUpdate],
+    ) -> Result<&'a [PageUpdate], BackendError> {
+        for update in updates {
+            let index = self.flat(update);
+            self.page_table_host[index] = update.page.0;
+        }
+        let early = updates.len().saturating_sub(UPDATES_MAX).next_multiple_of(UPDATES_MAX);
+        let (early, last) = updates.split_at(early.min(updates.len()));
+        for lot in early.chunks(UPDATES_MAX) {
+            let mut host = Vec::new();
+            let mut packer = Packer(&mut host);
+            let indices = packer.push(lot.iter().map(|update| self.flat(update) as i32));
+            let pages = packer.push(lot.iter().map(|update| update.page.0 as i32));
+            backend.upload(bytemuck::cast_slice(&host), &self.device)?;
+            backend.scatter(&self.view(indices), &self.view(pages), &self.page_table)?;
+        }
+        Ok(last)
+    }
+
+    fn flat(&self, update: &PageUpdate) -> usize {
+        update.slot.0 as usize * self.pages_per_slot + update.index as usize
+    }
+
+    fn pack(&self, host: &mut Vec<i32>, plan: &StepPlan, bucket: Option<usize>) -> StepInputs {
+        let pad = bucket.unwrap_or(0);
+        let rows = &plan.rows;
+        let mut packer = Packer(host);
+        let ids = packer.push_padded(rows.iter().flat_map(|row| input_ids(row)), pad, 0);
+        let each = |row: &minisgl_scheduler::plan::PlanRow| row.cached_len..row.device_len();
+        let positions = rows.iter().flat_map(each).map(|position| position as i32);
+        let positions = packer.push_padded(positions, pad, 0);
+        let store_at = rows.iter().flat_map(|row| {
+            each(row).map(|position| self.store_at(row.slot.0 as usize, position as usize))
+        });
+        let store_at = packer.push_padded(store_at, pad, -1);
+        let slots = packer.push_padded(rows.iter().map(|row| row.slot.0 as i32), pad, 0);
+        let mut starts = vec![0];
+        for row in rows {
+            starts.push(starts[starts.len() - 1] + row.extend_len as i32);
+        }
+        starts.extend(rows.len() as i32 + 1..=pad as i32);
+        let query_start = packer.push(starts.iter().copied());
+        let kv_lens = rows.iter().map(|row| row.device_len() as i32);
+        let kv_len = packer.push_padded(kv_lens, pad, 0);
+        let host_batch =
+            HostBatch { query_start: starts, kv_len: packer.0[kv_len.clone()].to_vec() };
+        let batch = Batch {
+            rows: rows.len().max(pad),
+            tokens: plan.tokens().max(pad),
+            decode_rows: match bucket {
+                Some(bucket) => bucket,
+                None => rows.iter().take_while(|row| row.extend_len == 1).count(),
+            },
+            slots: self.view(slots),
+            query_start: self.view(query_start),
+            kv_len: self.view(kv_len),
+            positions: self.view(positions),
+            store_at: self.view(store_at),
+            page_table: self.page_table.clone(),
+            page_size: self.page_size,
+            kv_len_max: match bucket {
+                Some(_) => self.seq_len_max,
+                None => host_batch.kv_len.iter().copied().max().unwrap_or(0) as usize,
+            },
+            extend_len_max: rows.iter().map(|row| row.extend_len as usize).max().unwrap_or(1),
+            host: Some(Arc::new(host_batch)),
+        };
+        self.pack_sampling(packer, plan, batch, self.view(ids))
+    }
+
+    fn pack_sampling(
+        &self,
+        mut packer: Packer<'_>,
+        plan: &StepPlan,
+        batch: Batch,
+        ids: Tensor,
+    ) -> StepInputs {
+        let sampling: Vec<_> = plan
+            .rows
+            .iter()
+            .enumerate()
+            .filter_map(|(index, row)| Some((index, row, row.output.sampling()?)))
+            .collect();
+        let mut ends = Vec::with_capacity(plan.rows.len());
+        let mut tokens = 0;
+        for row in &plan.rows {
+            tokens += row.extend_len as i32;
+            ends.push(tokens - 1);
+        }
+        let bits = |value: f32| value.to_bits() as i32;
+        let params = || sampling.iter().map(|(_, _, params)| *params);
+        let last_tokens = packer.push(sampling.iter().map(|(index, ..)| ends[*index]));
+        let temperature = packer.push(params().map(|p| bits(p.temperature)));
+        let top_k = packer.push(params().map(|p| i32::try_from(p.top_k).unwrap_or(i32::MAX)));
+        let top_p = packer.push(params().map(|p| bits(p.top_p)));
+        let min_p = packer.push(params().map(|p| bits(p.min_p)));
+        let seed = packer.push(params().flat_map(|p| [p.seed as i32, (p.seed >> 32) as i32]));
+        let position = packer.push(sampling.iter().map(|(_, row, _)| row.device_len() as i32));
+        let slots = packer.push(sampling.iter().map(|(_, row, _)| row.slot.0 as i32));
+        let float = |range: Range<usize>| {
+            let view = self.view(range);
+            view.view_as(DType::F32, &[view.elements()])
+        };
+        let is_plain = |output: &RowOutput| matches!(output, RowOutput::Sample(_));
+        StepInputs {
+            ids,
+            dense: plan.is_decode() && plan.rows.iter().all(|row| is_plain(&row.output)),
+            all_greedy: params().all(|p| p.temperature == 0.0),
+            last_tokens: self.view(last_tokens),
+            temperature: float(temperature),
+            top_k: self.view(top_k),
+            top_p: float(top_p),
+            min_p: float(min_p),
+            seed: self.view(seed).reshape(&[sampling.len(), 2]),
+            position: self.view(position),
+            slots: self.view(slots),
+            sampled_rows: sampling.iter().map(|(index, ..)| *index).collect(),
+            batch,
+        }
+    }
+
+    fn store_at(&self, slot: usize, position: usize) -> i32 {
+        let page =
+            self.page_table_host[slot * self.pages_per_slot + position / self.page_size] as usize;
+        (page * self.page_size + position % self.page_size) as i32
+    }
+
+    fn view(&self, range: Range<usize>) -> Tensor {
+        self.device.rows(range)
+    }
+}
+
+fn input_ids(row: &minisgl_scheduler::plan::PlanRow) -> Vec<i32> {
+    match &row.input {
+        RowInput::Tokens(ids) => ids.iter().map(|id| *id as i32).collect(),
+        RowInput::Sampled => vec![-1 - row.slot.0 as i32],
+    }
+}

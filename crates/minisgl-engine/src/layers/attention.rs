@@ -1,0 +1,103 @@
+//! Self-attention over pages: each rank has its share of the heads.
+
+use anyhow::Result;
+use minisgl_tensor::{Attention as AttentionArgs, BackendError, Heads, Norm, RopeStore, Tensor};
+
+use super::{ColumnPart, ForwardCtx, Linear};
+use crate::config::ModelConfig;
+use crate::weights::{Tp, WeightScope};
+
+/// What differs between attentions.
+pub struct AttentionSpec {
+    /// Norm Q and K per head.
+    pub qk_norm: bool,
+    /// `[positions, head_dim]`, as `RopeStore::rope`.
+    pub rope: Tensor,
+    /// Which of the pool's layers is this one's.
+    pub layer: usize,
+}
+
+/// Q, K, V, rotation, attention and the output projection.
+pub struct Attention {
+    qkv: Linear,
+    out: Linear,
+    heads: Heads,
+    q_norm: Option<Norm>,
+    k_norm: Option<Norm>,
+    rope: Tensor,
+    layer: usize,
+    scale: f32,
+    window: Option<usize>,
+    soft_cap: Option<f32>,
+}
+
+impl Attention {
+    /// This rank's heads.
+    pub fn heads(config: &ModelConfig, tp: Tp) -> Heads {
+        Heads {
+            q: tp.share(config.q_heads).len(),
+            kv: tp.share_or_replicate(config.kv_heads).len(),
+            dim: config.head_dim,
+        }
+    }
+
+    pub fn new(scope: &WeightScope<'_>, config: &ModelConfig, spec: AttentionSpec) -> Result<Self> {
+        let dim = config.head_dim;
+        let part = |name: &str, heads: usize, mine: std::ops::Range<usize>| ColumnPart {
+            scope: scope.at(name),
+            out_features: heads * dim,
+            rows: mine.start * dim..mine.end * dim,
+        };
+        let kv_share = scope.tp.share_or_replicate(config.kv_heads);
+        let parts = [
+            part("q_proj", config.q_heads, scope.tp.share(config.q_heads)),
+            part("k_proj", config.kv_heads, kv_share.clone()),
+            part("v_proj", config.kv_heads, kv_share),
+        ];
+        let norm = |name: &str| {
+            spec.qk_norm
+                .then(|| scope.at(name).norm(dim, config.norm_eps, config.norm_plus_one))
+                .transpose()
+        };
+        Ok(Self {
+            qkv: Linear::column_parallel(&parts, config.hidden_size, config.qkv_bias)?,
+            out: Linear::row_parallel(
+                &scope.at("o_proj"),
+                [config.hidden_size, config.q_heads * dim],
+            )?,
+            heads: Self::heads(config, scope.tp),
+            q_norm: norm("q_norm")?,
+            k_norm: norm("k_norm")?,
+            rope: spec.rope,
+            layer: spec.layer,
+            scale: config.attention_scale,
+            window: config.window(spec.layer),
+            soft_cap: config.attention_soft_cap,
+        })
+    }
+
+    /// `hidden += attention(norm(hidden))`.
+    pub fn add_to_hidden(&self, ctx: &ForwardCtx<'_>, norm: &Norm) -> Result<(), BackendError> {
+        self.out.add_to_hidden(ctx, &self.attend(ctx, norm)?)
+    }
+
+    /// `delta = attention(norm(hidden))`.
+    pub fn forward(&self, ctx: &ForwardCtx<'_>, norm: &Norm) -> Result<(), BackendError> {
+        self.out.forward(ctx, &self.attend(ctx, norm)?, None, &ctx.delta())
+    }
+
+    fn attend(&self, ctx: &ForwardCtx<'_>, norm: &Norm) -> Result<Tensor, BackendError> {
+        let (batch, heads) = (ctx.batch, self.heads);
+        let qkv = ctx.workspace.qkv.first(batch.tokens);
+        let out = ctx.workspace.attention.first(batch.tokens);
+        let kv = &ctx.kv.layers[self.layer];
+        self.qkv.forward(ctx, &ctx.hidden(), Some(norm), &qkv)?;
+        let (q_norm, k_norm) = (self.q_norm.as_ref(), self.k_norm.as_ref());
+        let store = RopeStore { batch, heads, q_norm, k_norm, rope: &self.rope, kv };
+        ctx.backend.rope_store(&store, &qkv)?;
+        let (scale, window, soft_cap) = (self.scale, self.window, self.soft_cap);
+        let attention = AttentionArgs { batch, heads, kv, scale, window, soft_cap };
+        ctx.backend.attention(&attention, &qkv, &out)?;
+        Ok(out)
+    }
+}

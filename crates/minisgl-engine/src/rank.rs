@@ -1,0 +1,203 @@
+//! One rank: a plan in, tokens on their way to the host out. Nothing here waits for the device.
+
+use std::sync::Arc;
+
+use anyhow::{Context, Result, ensure};
+use minisgl_scheduler::plan::StepPlan;
+use minisgl_tensor::{Backend, BackendError, Batch, Collective, DType, Tensor};
+
+use crate::checkpoint::Checkpoint;
+use crate::config::ModelConfig;
+use crate::graphs::{Graphs, bucket_sizes};
+use crate::inputs::{Inputs, StepInputs};
+use crate::kv::{KvBudget, KvPool};
+use crate::layers::{Attention, ForwardCtx};
+use crate::models::{self, Model};
+use crate::options::EngineOptions;
+use crate::sampler::{self, Collected, Score};
+use crate::weights::{DummyBlock, Tp, WeightScope};
+use crate::workspace::{StepSizes, Workspace};
+
+/// A rank's device and its way to the others.
+#[derive(Clone)]
+pub struct RankDevices {
+    pub backend: Arc<dyn Backend>,
+    pub collective: Arc<dyn Collective>,
+}
+
+/// A rank that has its weights and workspace, and can say how many pages it could hold.
+pub struct LoadedRank {
+    devices: RankDevices,
+    config: ModelConfig,
+    model: Box<dyn Model>,
+    workspace: Workspace,
+    inputs: Inputs,
+    sizes: StepSizes,
+    tp: Tp,
+    page_size: usize,
+    graph_batch_max: usize,
+    /// `[2, rows] I32`: tokens to score and their targets.
+    score_inputs: Tensor,
+}
+
+/// A rank that is ready to run.
+pub struct Rank {
+    loaded: LoadedRank,
+    kv: KvPool,
+    graphs: Graphs,
+}
+
+impl LoadedRank {
+    pub fn load(
+        checkpoint: &Checkpoint,
+        options: &EngineOptions,
+        devices: RankDevices,
+        seq_len_max: usize,
+    ) -> Result<Self> {
+        let backend = devices.backend.as_ref();
+        let tp = Tp { rank: devices.collective.rank(), size: devices.collective.size() };
+        ensure!(
+            options.dummy_weights || !checkpoint.is_empty(),
+            "{} holds no weights",
+            checkpoint.path().display()
+        );
+        let dummy = options.dummy_weights.then(DummyBlock::new);
+        let scope = WeightScope::new(checkpoint, dummy.as_ref(), backend, options.precision, tp);
+        let config = checkpoint.config().clone();
+        let model = models::load(&scope, &config, seq_len_max)
+            .with_context(|| format!("loading {}", checkpoint.path().display()))?;
+        let sizes = StepSizes {
+            tokens: options.step_tokens_max.max(options.running_requests_max),
+            rows: options.running_requests_max,
+        };
+        Ok(Self {
+            workspace: Workspace::new(backend, &config, tp, sizes)?,
+            inputs: Inputs::new(backend, sizes, options.page_size, seq_len_max)?,
+            score_inputs: backend.alloc(DType::I32, &[2, sizes.rows])?,
+            graph_batch_max: options.graph_batch_max.min(sizes.rows),
+            page_size: options.page_size,
+            devices,
+            config,
+            model,
+            sizes,
+            tp,
+        })
+    }
+
+    pub fn kv_budget(&self) -> Result<KvBudget> {
+        let heads = Attention::heads(&self.config, self.tp);
+        let backend = self.devices.backend.as_ref();
+        KvBudget::measure(backend, self.config.num_layers, heads, self.page_size)
+    }
+
+    /// Allocates the pool and captures the graphs, largest first, in the same order on all ranks.
+    pub fn finish(self, pages: usize) -> Result<Rank> {
+        let heads = Attention::heads(&self.config, self.tp);
+        let backend = self.devices.backend.as_ref();
+        let kv = KvPool::new(backend, self.config.num_layers, heads, pages, self.page_size)?;
+        let mut rank = Rank { loaded: self, kv, graphs: Graphs::default() };
+        for size in bucket_sizes(rank.loaded.graph_batch_max).into_iter().rev() {
+            if !rank.capture(size).context("capturing a decode graph")? {
+                break;
+            }
+        }
+        Ok(rank)
+    }
+}
+
+impl Rank {
+    /// Runs one step behind those before it.
+    pub fn run(&mut self, plan: &StepPlan) -> Result<Collected, BackendError> {
+        let plain = |row: &minisgl_scheduler::plan::PlanRow| {
+            matches!(row.output, minisgl_scheduler::plan::RowOutput::Sample(_))
+        };
+        let may_replay = plan.is_decode() && plan.rows.iter().all(plain);
+        let bucket = may_replay.then(|| self.graphs.bucket_for(plan.rows.len())).flatten();
+        let backend = Arc::clone(&self.loaded.devices.backend);
+        let inputs = self.loaded.inputs.upload(backend.as_ref(), plan, bucket)?;
+        let sampled = inputs.sampled_rows.len();
+        if let Some(bucket) = bucket {
+            let logits = self.graphs.launch(bucket)?.first(sampled);
+            return sampler::sample(&*backend, &self.loaded.workspace, plan, &inputs, &logits);
+        }
+        let ctx = self.ctx(&inputs.batch, &inputs.ids);
+        self.loaded.model.forward(&ctx)?;
+        // Scores come first: they and the sampled rows' logits share a buffer.
+        let scores = self.score(&ctx, plan)?;
+        let mut collected = match sampled {
+            0 => Collected::default(),
+            _ => {
+                let logits = self.logits(&ctx, &inputs)?;
+                sampler::sample(&*backend, ctx.workspace, plan, &inputs, &logits)?
+            }
+        };
+        collected.add_scores(scores);
+        Ok(collected)
+    }
+
+    fn logits(&self, ctx: &ForwardCtx<'_>, inputs: &StepInputs) -> Result<Tensor, BackendError> {
+        if inputs.dense {
+            return self.loaded.model.head().forward(ctx, &ctx.hidden());
+        }
+        let rows = ctx.workspace.gathered.first(inputs.sampled_rows.len());
+        ctx.backend.gather(&ctx.hidden(), &inputs.last_tokens, &rows)?;
+        self.loaded.model.head().forward(ctx, &rows)
+    }
+
+    /// The log-probabilities of input tokens, as many at once as the logits' buffer holds.
+    fn score(&self, ctx: &ForwardCtx<'_>, plan: &StepPlan) -> Result<Vec<Score>, BackendError> {
+        let mut scores = Vec::new();
+        let mut first_token = 0;
+        for (row, plan_row) in plan.rows.iter().enumerate() {
+            let start = first_token;
+            first_token += plan_row.extend_len as usize;
+            let Some((targets, top)) = sampler::score_of(&plan_row.output) else { continue };
+            for (lot, targets) in targets.chunks(self.loaded.sizes.rows).enumerate() {
+                let first = start + lot * self.loaded.sizes.rows;
+                let tokens = (first..first + targets.len()).map(|token| token as i32);
+                let ids = targets.iter().map(|target| target.unwrap_or(0) as i32);
+                let host: Vec<i32> = tokens.chain(ids).collect();
+                let device = self.loaded.score_inputs.reshape(&[2, targets.len()]);
+                ctx.backend.upload(bytemuck::cast_slice(&host), &device)?;
+                let part = |index: usize| device.rows(index..index + 1).reshape(&[targets.len()]);
+                let rows = ctx.workspace.gathered.first(targets.len());
+                ctx.backend.gather(&ctx.hidden(), &part(0), &rows)?;
+                let logits = self.loaded.model.head().forward(ctx, &rows)?;
+                let downloads =
+                    sampler::logprobs(ctx.backend, ctx.workspace, &part(1), top, &logits)?;
+                let wanted = targets.iter().map(Option::is_some).collect();
+                scores.push(Score { row, wanted, downloads });
+            }
+        }
+        Ok(scores)
+    }
+
+    /// Records the forward pass of a decode batch; false on a device without graphs.
+    fn capture(&mut self, size: usize) -> Result<bool, BackendError> {
+        let backend = Arc::clone(&self.loaded.devices.backend);
+        let inputs = self.loaded.inputs.upload_padding(backend.as_ref(), size)?;
+        let batch = Batch { host: None, ..inputs.batch };
+        let ctx = self.ctx(&batch, &inputs.ids);
+        let mut logits = None;
+        let mut forward = || {
+            self.loaded.model.forward(&ctx)?;
+            logits = Some(self.loaded.model.head().forward(&ctx, &ctx.hidden())?);
+            Ok(())
+        };
+        let graph = backend.capture(&mut forward)?;
+        let (Some(graph), Some(logits)) = (graph, logits) else { return Ok(false) };
+        self.graphs.push(size, graph, logits);
+        Ok(true)
+    }
+
+    fn ctx<'a>(&'a self, batch: &'a Batch, input_ids: &'a Tensor) -> ForwardCtx<'a> {
+        ForwardCtx {
+            backend: self.loaded.devices.backend.as_ref(),
+            collective: self.loaded.devices.collective.as_ref(),
+            workspace: &self.loaded.workspace,
+            kv: &self.kv,
+            batch,
+            input_ids,
+        }
+    }
+}
