@@ -1,1 +1,24 @@
-//! See ARCHITECTURE.md.
+//! The CUDA backend of minisgl: `minisgl_tensor::Backend` on one NVIDIA GPU.
+//!
+//! The driver, NVRTC and cuBLASLt are opened at run time, so this crate builds and its host-side
+//! tests run on machines without any of them. Kernels are `kernels/*.cu`, embedded in the binary,
+//! compiled for the card's own architecture at first use and kept as cubins on disk.
+//!
+//! Reading order: `device` (context, stream, memory, launches), `staging` (copies), `kernels`
+//! (compiling and caching), `gemm` (cuBLASLt), `weights`, and `backend` with its operations in
+//! `linear`, `attention`, `moe` and `sampling`.
+
+mod attention;
+mod backend;
+mod device;
+mod gemm;
+mod kernels;
+mod linear;
+mod moe;
+mod sampling;
+mod staging;
+mod weights;
+
+pub use backend::{CudaBackend, CudaOptions};
+pub use device::devices;
+pub use kernels::{Module, compile};

@@ -1,0 +1,379 @@
+//! Times a whole decode step and a prefill step, operation by operation as the engine calls them,
+//! of Qwen3-0.6B's and Qwen3-14B's shapes on random weights: `decode_step [0.6b] [14b]`.
+#![expect(clippy::print_stdout, reason = "this program's output is its table")]
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use minisgl_cuda::{CudaBackend, CudaOptions};
+use minisgl_tensor::*;
+
+struct Shape {
+    name: &'static str,
+    hidden: usize,
+    layers: usize,
+    heads: Heads,
+    inner: usize,
+    vocab: usize,
+}
+
+const SHAPES: [Shape; 2] = [
+    Shape {
+        name: "0.6b",
+        hidden: 1024,
+        layers: 28,
+        heads: Heads { q: 16, kv: 8, dim: 128 },
+        inner: 3072,
+        vocab: 151_936,
+    },
+    Shape {
+        name: "14b",
+        hidden: 5120,
+        layers: 40,
+        heads: Heads { q: 40, kv: 8, dim: 128 },
+        inner: 17408,
+        vocab: 151_936,
+    },
+];
+const PAGE: usize = 16;
+
+struct Layer {
+    qkv: Weight,
+    o: Weight,
+    gate_up: Weight,
+    down: Weight,
+    kv: KvLayer,
+}
+
+struct Model<'a> {
+    b: &'a CudaBackend,
+    shape: &'a Shape,
+    table: Weight,
+    layers: Vec<Layer>,
+    norm: Norm,
+    head_norm: Norm,
+    rope: Tensor,
+    token_table: Tensor,
+}
+
+/// Which parts of a step run: to see what each costs.
+#[derive(Clone, Copy)]
+struct Parts {
+    linear: bool,
+    attention: bool,
+    rest: bool,
+}
+const ALL: Parts = Parts { linear: true, attention: true, rest: true };
+
+struct Step {
+    batch: Batch,
+    input_ids: Tensor,
+    last: Tensor,
+    x: Tensor,
+    qkv: Tensor,
+    attended: Tensor,
+    mid: Tensor,
+    rows_x: Tensor,
+    logits: Tensor,
+    sample: [Tensor; 8],
+}
+
+fn main() -> Result<()> {
+    let started = Instant::now();
+    let b = CudaBackend::new(CudaOptions { device: 0, precision: Precision::Native })?;
+    println!("{}: backend ready in {:.2} s", b.name(), started.elapsed().as_secs_f64());
+    let wanted: Vec<String> = std::env::args().skip(1).collect();
+    for shape in SHAPES.iter().filter(|s| wanted.is_empty() || wanted.iter().any(|w| w == s.name)) {
+        bench(&b, shape)?;
+    }
+    Ok(())
+}
+
+fn bench(b: &CudaBackend, shape: &Shape) -> Result<()> {
+    let started = Instant::now();
+    let slots = 256;
+    let per_row = 4096 / PAGE;
+    let pages = slots * 640 / PAGE + 1;
+    let model = Model::new(b, shape, pages, slots)?;
+    b.synchronize()?;
+    println!("\n{}: weights made in {:.2} s", shape.name, started.elapsed().as_secs_f64());
+    println!(
+        "decode, context 576, ms a step: whole | linear | attention | rest | first run, capture (s)"
+    );
+    for rows in [1, 8, 16, 32, 64, 128, 256] {
+        let rows_spec: Vec<(usize, usize)> = vec![(575, 1); rows];
+        let step = Step::new(b, shape, &rows_spec, per_row)?;
+        let first = Instant::now();
+        model.forward(&step, ALL)?;
+        b.synchronize()?;
+        let first = first.elapsed().as_secs_f64();
+        let captured = Instant::now();
+        let mut times = vec![];
+        for parts in [
+            ALL,
+            Parts { linear: true, attention: false, rest: false },
+            Parts { linear: false, attention: true, rest: false },
+            Parts { linear: false, attention: false, rest: true },
+        ] {
+            let mut step =
+                Step { batch: Batch { host: None, ..step.batch.clone() }, ..step.share() };
+            step.batch.kv_len_max = 4096;
+            let graph = b.capture(&mut || model.forward(&step, parts))?.expect("CUDA has graphs");
+            times.push((graph, 0.0));
+        }
+        let captured = captured.elapsed().as_secs_f64();
+        for (graph, time) in &mut times {
+            *time = median(b, 30, || graph.launch())?;
+        }
+        println!(
+            "{rows:4} | {:.3} | {:.3} | {:.3} | {:.3} | {first:.2} {captured:.2}",
+            times[0].1, times[1].1, times[2].1, times[3].1
+        );
+    }
+    println!("prefill of 8 x 2048 tokens, tokens/s | ms: whole, linear, attention, rest");
+    let step = Step::new(b, shape, &[(0, 2048); 8], per_row)?;
+    model.forward(&step, ALL)?;
+    let time = |parts| median(b, 3, || model.forward(&step, parts));
+    let whole = time(ALL)?;
+    println!(
+        "{:.0} | {whole:.1} {:.1} {:.1} {:.1}",
+        16384.0 / whole * 1e3,
+        time(Parts { linear: true, attention: false, rest: false })?,
+        time(Parts { linear: false, attention: true, rest: false })?,
+        time(Parts { linear: false, attention: false, rest: true })?
+    );
+    Ok(())
+}
+
+/// Milliseconds of one call, each measured from an idle device to an idle device.
+fn median(b: &CudaBackend, runs: usize, call: impl Fn() -> Result<()>) -> Result<f64> {
+    // Several calls are enqueued behind one another, so that the host's share is hidden.
+    let together = 5;
+    let mut times = vec![];
+    for _ in 0..runs {
+        b.synchronize()?;
+        let start = Instant::now();
+        for _ in 0..together {
+            call()?;
+        }
+        b.synchronize()?;
+        times.push(start.elapsed().as_secs_f64() * 1e3 / f64::from(together));
+    }
+    times.sort_by(f64::total_cmp);
+    Ok(times[runs / 2])
+}
+
+impl<'a> Model<'a> {
+    fn new(b: &'a CudaBackend, s: &'a Shape, pages: usize, slots: usize) -> Result<Self> {
+        let ones = |n: usize| {
+            let data: Vec<u8> = (0..n).flat_map(|_| 1f32.to_le_bytes()).collect();
+            let part = HostTensor {
+                name: "ones".into(),
+                dtype: DType::F32,
+                shape: vec![n],
+                data: data.into(),
+                scale: None,
+            };
+            Ok::<_, BackendError>(Norm { weight: b.vector(&[part])?, eps: 1e-6, plus_one: false })
+        };
+        let matrix = |rows, cols, seed| b.random_matrix(&[rows, cols], seed, 0.02);
+        let cache = |seed| -> Result<Tensor> {
+            let shape = [pages, s.heads.kv, PAGE, s.heads.dim];
+            let pages = b.alloc(DType::BF16, &shape)?;
+            // Random K and V: zeros run faster than a real cache does.
+            b.fill_random(&pages, seed, 1.0)?;
+            Ok(pages)
+        };
+        let layers = (0..s.layers)
+            .map(|i| {
+                let seed = 10 * i as u32;
+                Ok(Layer {
+                    qkv: matrix(s.heads.qkv_width(), s.hidden, seed + 1)?,
+                    o: matrix(s.hidden, s.heads.q * s.heads.dim, seed + 2)?,
+                    gate_up: matrix(2 * s.inner, s.hidden, seed + 3)?,
+                    down: matrix(s.hidden, s.inner, seed + 4)?,
+                    kv: KvLayer { k: cache(seed + 5)?, v: cache(seed + 6)? },
+                })
+            })
+            .collect::<Result<_>>()?;
+        Ok(Self {
+            b,
+            shape: s,
+            table: matrix(s.vocab, s.hidden, 9999)?,
+            layers,
+            norm: ones(s.hidden)?,
+            head_norm: ones(s.heads.dim)?,
+            rope: b.alloc(DType::F32, &[4096, s.heads.dim])?,
+            token_table: b.alloc(DType::I32, &[slots])?,
+        })
+    }
+
+    fn forward(&self, s: &Step, parts: Parts) -> Result<()> {
+        let (b, heads) = (self.b, self.shape.heads);
+        let linear = |x: &Tensor, norm: Option<&Norm>, weight: &Weight, store, out: &Tensor| {
+            if !parts.linear {
+                return Ok(());
+            }
+            b.linear(&Linear { x, norm, weight, bias: None, store }, out)
+        };
+        if parts.rest {
+            let args = Embed {
+                input_ids: &s.input_ids,
+                token_table: &self.token_table,
+                table: &self.table,
+                first_id: 0,
+                scale: 1.0,
+            };
+            b.embed(&args, &s.x)?;
+        }
+        for layer in &self.layers {
+            linear(&s.x, Some(&self.norm), &layer.qkv, Store::Set, &s.qkv)?;
+            if parts.rest {
+                let norm = Some(&self.head_norm);
+                let args = RopeStore {
+                    batch: &s.batch,
+                    heads,
+                    q_norm: norm,
+                    k_norm: norm,
+                    rope: &self.rope,
+                    kv: &layer.kv,
+                };
+                b.rope_store(&args, &s.qkv)?;
+            }
+            if parts.attention {
+                let args = Attention {
+                    batch: &s.batch,
+                    heads,
+                    kv: &layer.kv,
+                    scale: 0.088,
+                    window: None,
+                    soft_cap: None,
+                };
+                b.attention(&args, &s.qkv, &s.attended)?;
+            }
+            linear(&s.attended, None, &layer.o, Store::Add, &s.x)?;
+            if parts.linear {
+                let args = Linear {
+                    x: &s.x,
+                    norm: Some(&self.norm),
+                    weight: &layer.gate_up,
+                    bias: None,
+                    store: Store::Set,
+                };
+                b.gated_linear(&args, Activation::Silu, &s.mid)?;
+            }
+            linear(&s.mid, None, &layer.down, Store::Add, &s.x)?;
+        }
+        if parts.rest {
+            b.gather(&s.x, &s.last, &s.rows_x)?;
+        }
+        linear(&s.rows_x, Some(&self.norm), &self.table, Store::Set, &s.logits)?;
+        if parts.rest {
+            let [temperature, top_k, top_p, min_p, seed, position, slots, tokens] = &s.sample;
+            let token_table = &self.token_table;
+            let args = Sample {
+                temperature,
+                top_k,
+                top_p,
+                min_p,
+                seed,
+                position,
+                slots,
+                all_greedy: false,
+                token_table,
+                tokens,
+            };
+            b.sample(&args, &s.logits)?;
+        }
+        Ok(())
+    }
+}
+
+impl Step {
+    fn new(b: &CudaBackend, s: &Shape, rows: &[(usize, usize)], per_row: usize) -> Result<Self> {
+        let n = rows.len();
+        let tokens: usize = rows.iter().map(|r| r.1).sum();
+        let ints = |v: Vec<i32>, shape: &[usize]| -> Result<Tensor> {
+            let t = b.alloc(DType::I32, shape)?;
+            b.upload(&v.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<_>>(), &t)?;
+            Ok(t)
+        };
+        let floats = |x: f32| -> Result<Tensor> {
+            let t = b.alloc(DType::F32, &[n])?;
+            b.upload(&x.to_le_bytes().repeat(n), &t)?;
+            Ok(t)
+        };
+        let longest = rows.iter().map(|r| r.0 + r.1).max().unwrap_or(1);
+        let used = longest.div_ceil(PAGE);
+        let mut table = vec![0i32; n * per_row];
+        for row in 0..n {
+            for i in 0..used {
+                table[row * per_row + i] = ((i * n + row) % (n * used)) as i32 + 1;
+            }
+        }
+        let (mut start, mut positions, mut store_at, mut last) =
+            (vec![0i32], vec![], vec![], vec![]);
+        for (row, &(cached, extend)) in rows.iter().enumerate() {
+            for p in cached..cached + extend {
+                positions.push(p as i32);
+                store_at.push(table[row * per_row + p / PAGE] * PAGE as i32 + (p % PAGE) as i32);
+            }
+            last.push(positions.len() as i32 - 1);
+            start.push(positions.len() as i32);
+        }
+        let kv_len: Vec<i32> = rows.iter().map(|r| (r.0 + r.1) as i32).collect();
+        let act = |width: usize, count: usize| b.alloc(DType::BF16, &[count, width]);
+        let own: Vec<i32> = (0..n as i32).collect();
+        Ok(Self {
+            batch: Batch {
+                rows: n,
+                tokens,
+                decode_rows: rows.iter().take_while(|r| r.1 == 1).count(),
+                slots: ints(own.clone(), &[n])?,
+                query_start: ints(start.clone(), &[n + 1])?,
+                kv_len: ints(kv_len.clone(), &[n])?,
+                positions: ints(positions, &[tokens])?,
+                store_at: ints(store_at, &[tokens])?,
+                page_table: ints(table, &[n, per_row])?,
+                page_size: PAGE,
+                host: Some(Arc::new(HostBatch { query_start: start, kv_len })),
+                kv_len_max: longest,
+                extend_len_max: rows.iter().map(|r| r.1).max().unwrap_or(1),
+            },
+            input_ids: ints((0..tokens).map(|i| (i * 97 % s.vocab) as i32).collect(), &[tokens])?,
+            last: ints(last, &[n])?,
+            x: act(s.hidden, tokens)?,
+            qkv: act(s.heads.qkv_width(), tokens)?,
+            attended: act(s.heads.q * s.heads.dim, tokens)?,
+            mid: act(s.inner, tokens)?,
+            rows_x: act(s.hidden, n)?,
+            logits: b.alloc(DType::F32, &[n, s.vocab])?,
+            sample: [
+                floats(0.6)?,
+                ints(vec![0; n], &[n])?,
+                floats(1.0)?,
+                floats(0.0)?,
+                ints(vec![1; 2 * n], &[n, 2])?,
+                ints(own.clone(), &[n])?,
+                ints(own, &[n])?,
+                ints(vec![0; n], &[n])?,
+            ],
+        })
+    }
+
+    /// Another step over the same memory.
+    fn share(&self) -> Self {
+        Self {
+            batch: self.batch.clone(),
+            input_ids: self.input_ids.clone(),
+            last: self.last.clone(),
+            x: self.x.clone(),
+            qkv: self.qkv.clone(),
+            attended: self.attended.clone(),
+            mid: self.mid.clone(),
+            rows_x: self.rows_x.clone(),
+            logits: self.logits.clone(),
+            sample: self.sample.clone(),
+        }
+    }
+}

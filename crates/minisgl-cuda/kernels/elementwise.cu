@@ -1,0 +1,237 @@
+// The small operations around the matrix products: embedding, norms, rotary with the write of K
+// and V, activation, sums, gather, edits of logits.
+
+// out[t] = table[id] · scale; ids that this rank does not hold give zeros. A block a token.
+extern "C" __global__ void embed(const int *input_ids, const int *token_table, const T *table,
+                                 int first_id, int ids, int hidden, float scale, T *out) {
+    wait_for_previous();
+    let_next_start();
+    int id = input_ids[blockIdx.x];
+    if (id < 0) id = token_table[-1 - id];
+    id -= first_id;
+    bool held = id >= 0 && id < ids;
+    const T *from = table + (long long)id * hidden;
+    T *to = out + (long long)blockIdx.x * hidden;
+    for (int i = threadIdx.x; i < hidden; i += blockDim.x)
+        to[i] = from_float<T>(held ? to_float(from[i]) * scale : 0.f);
+}
+
+// out = x / rms(x) · (weight + shift). A block a row; x and out may be the same.
+extern "C" __global__ void rms_norm(const T *x, const float *weight, float eps, float shift,
+                                    int width, T *out) {
+    wait_for_previous();
+    let_next_start();
+    const T *from = x + (long long)blockIdx.x * width;
+    T *to = out + (long long)blockIdx.x * width;
+#if !EXACT
+    if (width % 8 == 0 && width <= 8 * 4 * blockDim.x) {
+        uint4 held[4];
+        float squares = 0.f;
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            int i = (threadIdx.x + j * blockDim.x) * 8;
+            held[j] = make_uint4(0, 0, 0, 0);
+            if (i < width) held[j] = *(const uint4 *)(from + i);
+            const u32 *pairs = (const u32 *)&held[j];
+#pragma unroll
+            for (int p = 0; p < 4; p++) {
+                float a = low_half(pairs[p]), b = high_half(pairs[p]);
+                squares += a * a + b * b;
+            }
+        }
+        float scale = rsqrtf(block_sum(squares) / width + eps);
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            int i = (threadIdx.x + j * blockDim.x) * 8;
+            if (i >= width) break;
+            u32 *pairs = (u32 *)&held[j];
+            float4 w0 = *(const float4 *)(weight + i), w1 = *(const float4 *)(weight + i + 4);
+            float w[8] = {w0.x, w0.y, w0.z, w0.w, w1.x, w1.y, w1.z, w1.w};
+#pragma unroll
+            for (int p = 0; p < 4; p++)
+                pairs[p] = pack(low_half(pairs[p]) * scale * (w[2 * p] + shift),
+                                high_half(pairs[p]) * scale * (w[2 * p + 1] + shift));
+            *(uint4 *)(to + i) = held[j];
+        }
+        return;
+    }
+#endif
+    float squares = 0.f;
+    for (int i = threadIdx.x; i < width; i += blockDim.x) {
+        float value = to_float(from[i]);
+        squares += value * value;
+    }
+    float scale = rsqrtf(block_sum(squares) / width + eps);
+    for (int i = threadIdx.x; i < width; i += blockDim.x)
+        to[i] = from_float<T>(to_float(from[i]) * scale * (weight[i] + shift));
+}
+
+// x += delta.
+extern "C" __global__ void add(T *x, const T *delta, long long count) {
+    wait_for_previous();
+    let_next_start();
+    long long i = blockIdx.x * (long long)blockDim.x + threadIdx.x;
+    if (i < count) x[i] = from_float<T>(to_float(x[i]) + to_float(delta[i]));
+}
+
+// out[row] += bias, in out's own type: what a matrix product is then added to. `O` by name.
+template <typename O>
+__device__ void spread_bias(const float *bias, int width, long long count, int add_to, O *out) {
+    wait_for_previous();
+    let_next_start();
+    long long i = blockIdx.x * (long long)blockDim.x + threadIdx.x;
+    if (i >= count) return;
+    float value = bias[i % width];
+    out[i] = from_float<O>(add_to ? to_float(out[i]) + value : value);
+}
+extern "C" __global__ void spread_bias_t(const float *b, int w, long long n, int add_to, T *out) {
+    spread_bias(b, w, n, add_to, out);
+}
+extern "C" __global__ void spread_bias_f32(const float *b, int w, long long n, int add_to, float *out) {
+    spread_bias(b, w, n, add_to, out);
+}
+
+// out = act(gate) · up; both [rows, 2·inner] → [rows, inner].
+extern "C" __global__ void gate(const T *both, int inner, int gelu, long long count, T *out) {
+    wait_for_previous();
+    let_next_start();
+#if !EXACT
+    if (inner % 8 == 0) {
+        long long i = (blockIdx.x * (long long)blockDim.x + threadIdx.x) * 8;
+        if (i >= count) return;
+        long long row = i / inner;
+        const T *from = both + i + row * inner;
+        uint4 g = *(const uint4 *)from, u = *(const uint4 *)(from + inner);
+        u32 *gp = (u32 *)&g, *up = (u32 *)&u;
+#pragma unroll
+        for (int p = 0; p < 4; p++)
+            gp[p] = pack(activate(low_half(gp[p]), gelu) * low_half(up[p]),
+                         activate(high_half(gp[p]), gelu) * high_half(up[p]));
+        *(uint4 *)(out + i) = g;
+        return;
+    }
+#endif
+    for (int j = 0; j < 8; j++) {
+        long long i = (blockIdx.x * (long long)blockDim.x + threadIdx.x) * 8 + j;
+        if (i >= count) return;
+        long long row = i / inner;
+        const T *from = both + i + row * inner;
+        out[i] = from_float<T>(activate(to_float(from[0]), gelu) * to_float(from[inner]));
+    }
+}
+
+// out[i] = x[indices[i]]. A block a row.
+extern "C" __global__ void gather(const T *x, const int *indices, int width, T *out) {
+    wait_for_previous();
+    let_next_start();
+    const T *from = x + (long long)indices[blockIdx.x] * width;
+    T *to = out + (long long)blockIdx.x * width;
+    for (int i = threadIdx.x; i < width; i += blockDim.x) to[i] = from[i];
+}
+
+// Per head: norm (a null weight skips it), rotation of element i with i + dim/2, K and V to their
+// pages, Q in place. qkv [tokens, (q + 2·kv)·dim]; rope [positions, dim]; a warp a head.
+extern "C" __global__ void rope_store(T *qkv, int tokens, int q_heads, int kv_heads, int dim,
+                                      const float *q_weight, float q_eps, float q_shift,
+                                      const float *k_weight, float k_eps, float k_shift,
+                                      const float *rope, const int *positions, const int *store_at,
+                                      int page_size, T *k_pages, T *v_pages) {
+    wait_for_previous();
+    let_next_start();
+    int heads = q_heads + 2 * kv_heads;
+    int index = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x & 31;
+    if (index >= tokens * heads) return;
+    int token = index / heads, head = index % heads;
+    T *x = qkv + (long long)index * dim;
+    int slot = store_at[token];
+    T *page = nullptr;
+    if (head >= q_heads) {
+        if (slot < 0) return;
+        int kv_head = (head - q_heads) % kv_heads;
+        page = (head < q_heads + kv_heads ? k_pages : v_pages) +
+               (((long long)(slot / page_size) * kv_heads + kv_head) * page_size + slot % page_size) * dim;
+        if (head >= q_heads + kv_heads) {
+            for (int i = lane; i < dim; i += 32) page[i] = x[i];
+            return;
+        }
+    }
+    const float *weight = page ? k_weight : q_weight;
+    float eps = page ? k_eps : q_eps, shift = page ? k_shift : q_shift, scale = 1.f;
+    int half = dim / 2;
+    float low[4], high[4];
+    float squares = 0.f;
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        int i = lane + 32 * j;
+        low[j] = i < half ? to_float(x[i]) : 0.f;
+        high[j] = i < half ? to_float(x[i + half]) : 0.f;
+        squares += low[j] * low[j] + high[j] * high[j];
+    }
+    if (weight) scale = rsqrtf(warp_sum(squares) / dim + eps);
+    const float *angles = rope + (long long)positions[token] * dim;
+    T *to = page ? page : x;
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        int i = lane + 32 * j;
+        if (i >= half) break;
+        float a = low[j] * scale, b = high[j] * scale;
+        if (weight) a *= weight[i] + shift, b *= weight[i + half] + shift;
+        float c = angles[i], s = angles[i + half];
+        to[i] = from_float<T>(a * c - b * s);
+        to[i + half] = from_float<T>(b * c + a * s);
+    }
+}
+
+// logits = cap · tanh(logits / cap).
+extern "C" __global__ void soft_cap(float *logits, float cap, long long count) {
+    wait_for_previous();
+    let_next_start();
+    long long i = blockIdx.x * (long long)blockDim.x + threadIdx.x;
+    if (i < count) logits[i] = cap * tanhf(logits[i] / cap);
+}
+
+// One thread an edit (row, token, scale, bias).
+extern "C" __global__ void edit_logits(float *logits, int vocab, const uint4 *edits, int count) {
+    wait_for_previous();
+    let_next_start();
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= count) return;
+    uint4 edit = edits[i];
+    float *logit = logits + (long long)edit.x * vocab + edit.y;
+    float scale = __uint_as_float(edit.z), value = *logit;
+    *logit = (value > 0.f ? value / scale : value * scale) + __uint_as_float(edit.w);
+}
+
+// Tokens whose bit is not set become impossible. A mask is its row, then the bits.
+extern "C" __global__ void mask_logits(float *logits, int vocab, const u32 *masks, int words) {
+    wait_for_previous();
+    let_next_start();
+    const u32 *mask = masks + (long long)blockIdx.y * (words + 1);
+    float *row = logits + (long long)mask[0] * vocab;
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < vocab && !(mask[1 + i / 32] >> (i & 31) & 1)) row[i] = -infinity();
+}
+
+// Pseudo-random weights of standard deviation `deviation`: what a benchmark runs on.
+extern "C" __global__ void fill_random(T *out, long long count, u32 seed, float deviation) {
+    wait_for_previous();
+    let_next_start();
+    for (long long i = blockIdx.x * (long long)blockDim.x + threadIdx.x; i < count;
+         i += (long long)gridDim.x * blockDim.x) {
+        u64 z = (i + 1) * 0x9e3779b97f4a7c15ull + seed;
+        z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
+        z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
+        z ^= z >> 31;
+        // The sum of four uniform numbers is near enough to normal.
+        float sum = float(z & 0xffff) + float(z >> 16 & 0xffff) + float(z >> 32 & 0xffff) + float(z >> 48);
+        out[i] = from_float<T>((sum / 65536.f - 2.f) * 1.7320508f * deviation);
+    }
+}
+
+// out[indices[i]] = values[i]; negative indices are left out.
+extern "C" __global__ void scatter(const int *indices, const int *values, int count, int *out) {
+    wait_for_previous();
+    let_next_start();
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < count && indices[i] >= 0) out[indices[i]] = values[i];
+}

@@ -1,0 +1,111 @@
+//! Paged attention: decode rows split along their context, the others in tiles of queries.
+
+use minisgl_tensor::{Attention, BackendError, DType, Result, Tensor};
+
+use crate::backend::CudaBackend;
+use crate::device::Launch;
+use crate::kernels::Module;
+
+/// As `Args` in `kernels/attention.cu`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Args {
+    qkv: u64,
+    k_pages: u64,
+    v_pages: u64,
+    out: u64,
+    slots: u64,
+    query_start: u64,
+    kv_len: u64,
+    page_table: u64,
+    partial: u64,
+    arrived: u64,
+    first_row: i32,
+    pages_a_row: i32,
+    page_size: i32,
+    q_heads: i32,
+    kv_heads: i32,
+    splits: i32,
+    split_min: i32,
+    window: i32,
+    scale: f32,
+    soft_cap: f32,
+}
+
+impl CudaBackend {
+    pub(crate) fn attention_op(&self, a: &Attention<'_>, qkv: &Tensor, out: &Tensor) -> Result<()> {
+        let (batch, heads) = (a.batch, a.heads);
+        let group = heads.q / heads.kv;
+        if heads.dim > 256 || heads.dim % 8 != 0 {
+            return Err(BackendError::Unsupported(
+                format!("head size {} on CUDA", heads.dim).into(),
+            ));
+        }
+        let mut args = Args {
+            qkv: qkv.address(),
+            k_pages: a.kv.k.address(),
+            v_pages: a.kv.v.address(),
+            out: out.address(),
+            slots: batch.slots.address(),
+            query_start: batch.query_start.address(),
+            kv_len: batch.kv_len.address(),
+            page_table: batch.page_table.address(),
+            partial: 0,
+            arrived: 0,
+            first_row: 0,
+            pages_a_row: batch.page_table.row_len() as i32,
+            page_size: batch.page_size as i32,
+            q_heads: heads.q as i32,
+            kv_heads: heads.kv as i32,
+            splits: 1,
+            split_min: 64,
+            window: a.window.map_or(0, |w| w as i32),
+            scale: a.scale,
+            soft_cap: a.soft_cap.unwrap_or(0.0),
+        };
+        // The decode kernel holds one token's whole group in a tile of 16.
+        let decode_rows = if self.exact || group > 16 { 0 } else { batch.decode_rows };
+        if decode_rows > 0 {
+            self.decode(&mut args, decode_rows, heads.kv, heads.dim)?;
+        }
+        let rows = batch.rows - decode_rows;
+        if rows == 0 {
+            return Ok(());
+        }
+        args.first_row = decode_rows as i32;
+        let longest = batch.extend_len_max.max(1);
+        let function = self.kernels.get(
+            Module::Attention,
+            &[("DIM", heads.dim as i32), ("DECODE", 0)],
+            "attention",
+        )?;
+        let blocks = if self.exact {
+            (longest * heads.q).div_ceil(4)
+        } else {
+            (longest * group).div_ceil(64) * heads.kv
+        };
+        let shape = Launch { grid: [blocks, 1, rows], threads: 128, shared: 0 };
+        // SAFETY: `Args` has the kernel's layout; its addresses are the step's tensors.
+        unsafe { self.device.launch_struct(function, shape, &args) }
+    }
+
+    fn decode(&self, args: &mut Args, rows: usize, kv_heads: usize, dim: usize) -> Result<()> {
+        let units = rows * kv_heads;
+        // Enough blocks for every multiprocessor several times over; a short context uses fewer
+        // splits than the grid has, and the rest of its blocks end at once.
+        let splits = (self.device.multiprocessors * 8).div_ceil(units).clamp(4, 64);
+        args.splits = splits as i32;
+        args.split_min = if units < self.device.multiprocessors { 64 } else { 512 };
+        args.partial =
+            self.scratch("attention", DType::F32, &[units * splits * 16 * (dim + 2)])?.address();
+        args.arrived = self.scratch("attention arrivals", DType::I32, &[units])?.address();
+        let function = self.kernels.get(
+            Module::Attention,
+            &[("DIM", dim as i32), ("DECODE", 1)],
+            "attention",
+        )?;
+        let shape = Launch { grid: [kv_heads, splits, rows], threads: 128, shared: 0 };
+        // SAFETY: as in `attention_op`.
+        unsafe { self.device.launch_struct(function, shape, args) }
+    }
+}

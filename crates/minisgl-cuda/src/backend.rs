@@ -1,0 +1,354 @@
+//! `CudaBackend`: the operations of `minisgl_tensor::Backend` on one card.
+
+use std::any::Any;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
+
+use cudarc::driver::{result, sys};
+use minisgl_tensor::{
+    Activation, Adjust, Attention, Backend, BackendError, DType, Download, Embed, Graph,
+    HostTensor, Linear, Logprobs, MemoryInfo, Moe, Norm, Precision, Result, RopeStore, Sample,
+    Tensor, Weight,
+};
+
+use crate::device::{Arg, Device, Launch, args, driver, fail};
+use crate::gemm::Gemm;
+use crate::kernels::{Kernels, Module};
+use crate::staging::Staging;
+use crate::weights::tensor;
+
+/// How to open a card.
+#[derive(Clone, Copy, Debug)]
+pub struct CudaOptions {
+    /// Which card, as the driver counts.
+    pub device: usize,
+    /// `Native`: bf16 activations. `Exact`: f32 everywhere, without tf32.
+    pub precision: Precision,
+}
+
+/// One card, as the engine sees it.
+pub struct CudaBackend {
+    pub(crate) device: Arc<Device>,
+    pub(crate) kernels: Kernels,
+    pub(crate) gemm: Gemm,
+    pub(crate) staging: Staging,
+    pub(crate) exact: bool,
+    scratch: Mutex<HashMap<&'static str, Vec<Tensor>>>,
+}
+
+impl CudaBackend {
+    /// Opens a card and compiles (or finds) the kernels that every model needs.
+    ///
+    /// # Errors
+    /// If the driver, NVRTC or cuBLASLt is missing, the card is, or it is older than 8.0.
+    pub fn new(options: CudaOptions) -> Result<Self> {
+        let device = Arc::new(Device::open(options.device)?);
+        let exact = options.precision == Precision::Exact;
+        let kernels = Kernels::new(&device, exact)?;
+        let mut modules = vec![(Module::Elementwise, vec![]), (Module::Sample, vec![])];
+        if !exact {
+            modules.extend(crate::linear::gemv_variants());
+        }
+        kernels.prepare(&modules)?;
+        Ok(Self {
+            gemm: Gemm::new(&device)?,
+            staging: Staging::new(&device)?,
+            device,
+            kernels,
+            exact,
+            scratch: Mutex::default(),
+        })
+    }
+
+    pub(crate) fn dtype(&self) -> DType {
+        if self.exact { DType::F32 } else { DType::BF16 }
+    }
+
+    pub(crate) fn alloc_tensor(&self, dtype: DType, shape: &[usize]) -> Result<Tensor> {
+        let elements = shape.iter().product();
+        let bytes = dtype
+            .bytes_of(elements)
+            .ok_or_else(|| fail(format!("{shape:?} of {dtype} is no whole blocks")))?;
+        Ok(Tensor::new(self.device.alloc(bytes)?, dtype, shape))
+    }
+
+    /// Memory for what lives inside one operation. It grows, and what captured graphs may point
+    /// to is never given back before the backend is.
+    pub(crate) fn scratch(
+        &self,
+        name: &'static str,
+        dtype: DType,
+        shape: &[usize],
+    ) -> Result<Tensor> {
+        let mut all = self.scratch.lock().map_err(|_| fail("the scratch table is poisoned"))?;
+        let list = all.entry(name).or_default();
+        let bytes = dtype
+            .bytes_of(shape.iter().product())
+            .ok_or_else(|| fail("scratch of no whole blocks"))?;
+        match list.last() {
+            Some(last) if last.bytes() >= bytes => Ok(last.view_as(dtype, shape)),
+            _ => {
+                let fresh = self.alloc_tensor(DType::U8, &[bytes.next_power_of_two()])?;
+                list.push(fresh.clone());
+                Ok(fresh.view_as(dtype, shape))
+            }
+        }
+    }
+
+    /// Launches a kernel of `elementwise.cu`.
+    pub(crate) fn simple(&self, name: &'static str, shape: Launch, args: &[Arg]) -> Result<()> {
+        let function = self.kernels.get(Module::Elementwise, &[], name)?;
+        // SAFETY: callers pass the kernel's own parameters, over tensors of the stated shapes.
+        unsafe { self.device.launch(function, shape, args) }
+    }
+
+    /// Weights drawn from a normal distribution, made on the card: what benchmarks run on.
+    ///
+    /// # Errors
+    /// If memory or the device fails.
+    pub fn random_matrix(&self, shape: &[usize], seed: u32, deviation: f32) -> Result<Weight> {
+        let out = self.alloc_tensor(self.dtype(), shape)?;
+        self.fill_random(&out, seed, deviation)?;
+        Ok(Weight::new(shape, crate::weights::DeviceWeight(out)))
+    }
+
+    /// Fills activations or pages with such numbers.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn fill_random(&self, out: &Tensor, seed: u32, deviation: f32) -> Result<()> {
+        let shape = Launch::new(self.device.multiprocessors * 8, 256);
+        self.simple("fill_random", shape, args![out, out.elements(), seed as i32, deviation])
+    }
+}
+
+pub(crate) fn norm_args(norm: Option<&Norm>) -> (u64, f32, f32) {
+    norm.map_or((0, 0.0, 0.0), |n| {
+        (tensor(&n.weight).address(), n.eps, f32::from(u8::from(n.plus_one)))
+    })
+}
+
+impl Backend for CudaBackend {
+    fn name(&self) -> String {
+        self.device.name.clone()
+    }
+
+    fn memory(&self) -> Result<MemoryInfo> {
+        self.device.memory()
+    }
+
+    fn activation_dtype(&self) -> DType {
+        self.dtype()
+    }
+
+    fn kv_dtype(&self) -> DType {
+        self.dtype()
+    }
+
+    fn alloc(&self, dtype: DType, shape: &[usize]) -> Result<Tensor> {
+        self.alloc_tensor(dtype, shape)
+    }
+
+    fn upload(&self, src: &[u8], dst: &Tensor) -> Result<()> {
+        self.staging.upload(src, dst)
+    }
+
+    fn download(&self, src: &Tensor) -> Result<Box<dyn Download>> {
+        self.staging.download(src)
+    }
+
+    fn synchronize(&self) -> Result<()> {
+        self.device.synchronize()
+    }
+
+    fn capture(&self, enqueue: &mut dyn FnMut() -> Result<()>) -> Result<Option<Box<dyn Graph>>> {
+        self.device.bind()?;
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
+        // SAFETY: the stream lives; capture is ended below whatever `enqueue` does.
+        unsafe { result::stream::begin_capture(self.device.stream, mode) }
+            .map_err(|e| driver("cuStreamBeginCapture", e))?;
+        let outcome = enqueue();
+        // SAFETY: as above.
+        let graph = unsafe { result::stream::end_capture(self.device.stream) }
+            .map_err(|e| driver("cuStreamEndCapture", e));
+        outcome?;
+        let graph = graph?;
+        // SAFETY: `graph` was just made; the executable graph does not need it.
+        let executable = unsafe {
+            let made = result::graph::instantiate(graph, sys::CUgraphInstantiate_flags(0));
+            let _ = result::graph::destroy(graph);
+            made
+        }
+        .map_err(|e| driver("cuGraphInstantiate", e))?;
+        Ok(Some(Box::new(CudaGraph { device: Arc::clone(&self.device), executable })))
+    }
+
+    fn matrix(&self, parts: &[HostTensor<'_>], _precision: Precision) -> Result<Weight> {
+        let cols = parts.first().and_then(|p| p.shape.last()).copied().unwrap_or(0);
+        let rows =
+            parts.iter().map(|p| p.shape[..p.shape.len() - 1].iter().product::<usize>()).sum();
+        self.load(parts, self.dtype(), &[rows, cols])
+    }
+
+    fn expert_matrices(
+        &self,
+        experts: &[Vec<HostTensor<'_>>],
+        _precision: Precision,
+    ) -> Result<Weight> {
+        let flat: Vec<HostTensor<'_>> = experts.iter().flatten().cloned().collect();
+        let cols = flat.first().and_then(|p| p.shape.last()).copied().unwrap_or(0);
+        let all: usize = flat.iter().map(|p| p.shape.iter().product::<usize>()).sum();
+        let rows = all / (cols * experts.len()).max(1);
+        self.load(&flat, self.dtype(), &[experts.len(), rows, cols])
+    }
+
+    fn vector(&self, parts: &[HostTensor<'_>]) -> Result<Weight> {
+        let count = parts.iter().map(|p| p.shape.iter().product::<usize>()).sum();
+        self.load(parts, DType::F32, &[count])
+    }
+
+    fn embed(&self, a: &Embed<'_>, out: &Tensor) -> Result<()> {
+        let table = tensor(a.table);
+        let threads = (out.row_len() / 4).next_multiple_of(32).clamp(32, 512);
+        self.simple(
+            "embed",
+            Launch::new(out.dim(0), threads),
+            args![
+                a.input_ids,
+                a.token_table,
+                table,
+                a.first_id,
+                table.dim(0),
+                out.row_len(),
+                a.scale,
+                out
+            ],
+        )
+    }
+
+    fn rms_norm(&self, x: &Tensor, norm: &Norm, out: &Tensor) -> Result<()> {
+        let (weight, eps, shift) = norm_args(Some(norm));
+        let threads = (x.row_len() / 8).next_multiple_of(32).clamp(32, 512);
+        self.simple(
+            "rms_norm",
+            Launch::new(x.dim(0), threads),
+            args![x, weight, eps, shift, x.row_len(), out],
+        )
+    }
+
+    fn linear(&self, args: &Linear<'_>, out: &Tensor) -> Result<()> {
+        self.linear_op(args, out)
+    }
+
+    fn gated_linear(&self, args: &Linear<'_>, activation: Activation, out: &Tensor) -> Result<()> {
+        self.gated_linear_op(args, activation, out)
+    }
+
+    fn add(&self, x: &Tensor, delta: &Tensor) -> Result<()> {
+        let count = x.elements();
+        self.simple("add", Launch::new(count.div_ceil(256), 256), args![x, delta, count])
+    }
+
+    fn rope_store(&self, a: &RopeStore<'_>, qkv: &Tensor) -> Result<()> {
+        let Some(batch) = Some(a.batch).filter(|b| b.tokens > 0) else { return Ok(()) };
+        if a.heads.dim > 256 || a.heads.dim % 2 != 0 {
+            return Err(BackendError::Unsupported(
+                format!("head size {} on CUDA", a.heads.dim).into(),
+            ));
+        }
+        let (q, q_eps, q_shift) = norm_args(a.q_norm);
+        let (k, k_eps, k_shift) = norm_args(a.k_norm);
+        let heads = batch.tokens * (a.heads.q + 2 * a.heads.kv);
+        self.simple(
+            "rope_store",
+            Launch::new(heads.div_ceil(4), 128),
+            args![
+                qkv,
+                batch.tokens,
+                a.heads.q,
+                a.heads.kv,
+                a.heads.dim,
+                q,
+                q_eps,
+                q_shift,
+                k,
+                k_eps,
+                k_shift,
+                a.rope,
+                &batch.positions,
+                &batch.store_at,
+                batch.page_size,
+                &a.kv.k,
+                &a.kv.v
+            ],
+        )
+    }
+
+    fn attention(&self, args: &Attention<'_>, qkv: &Tensor, out: &Tensor) -> Result<()> {
+        self.attention_op(args, qkv, out)
+    }
+
+    fn moe(&self, args: &Moe<'_>, out: &Tensor) -> Result<()> {
+        self.moe_op(args, out)
+    }
+
+    fn gather(&self, x: &Tensor, indices: &Tensor, out: &Tensor) -> Result<()> {
+        self.simple("gather", Launch::new(out.dim(0), 256), args![x, indices, x.row_len(), out])
+    }
+
+    fn scatter(&self, indices: &Tensor, values: &Tensor, out: &Tensor) -> Result<()> {
+        let count = indices.elements();
+        self.simple(
+            "scatter",
+            Launch::new(count.div_ceil(256), 256),
+            args![indices, values, count, out],
+        )
+    }
+
+    fn soft_cap(&self, logits: &Tensor, cap: f32) -> Result<()> {
+        let count = logits.elements();
+        self.simple("soft_cap", Launch::new(count.div_ceil(256), 256), args![logits, cap, count])
+    }
+
+    fn adjust(&self, args: &Adjust<'_>, logits: &Tensor) -> Result<()> {
+        self.adjust_op(args, logits)
+    }
+
+    fn sample(&self, args: &Sample<'_>, logits: &Tensor) -> Result<()> {
+        self.sample_op(args, logits)
+    }
+
+    fn logprobs(&self, args: &Logprobs<'_>, logits: &Tensor) -> Result<()> {
+        self.logprobs_op(args, logits)
+    }
+
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+}
+
+struct CudaGraph {
+    device: Arc<Device>,
+    executable: sys::CUgraphExec,
+}
+
+// SAFETY: a driver handle, used by one thread at a time.
+unsafe impl Send for CudaGraph {}
+
+impl Graph for CudaGraph {
+    fn launch(&self) -> Result<()> {
+        self.device.bind()?;
+        // SAFETY: graph and stream live.
+        unsafe { result::graph::launch(self.executable, self.device.stream) }
+            .map_err(|e| driver("cuGraphLaunch", e))
+    }
+}
+
+impl Drop for CudaGraph {
+    fn drop(&mut self) {
+        if self.device.bind().is_ok() {
+            // SAFETY: made by `capture`, destroyed once; the driver waits for launches under way.
+            let _ = unsafe { result::graph::exec_destroy(self.executable) };
+        }
+    }
+}

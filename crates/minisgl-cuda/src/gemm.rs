@@ -1,0 +1,307 @@
+//! Matrix products of many rows: cuBLASLt, with the algorithm picked by measurement per shape.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
+
+use cudarc::cublaslt::{result as lt, sys};
+use cudarc::driver::result;
+use minisgl_tensor::{DType, Memory, Result, Tensor};
+
+use crate::device::{Device, DeviceMemory, driver, fail};
+
+const WORKSPACE: usize = 64 << 20;
+const CANDIDATES: usize = 12;
+
+/// One product `out[m, n] = beta · out + x[m, k] · w[n, k]ᵀ`.
+pub(crate) struct Product<'a> {
+    pub(crate) x: u64,
+    pub(crate) w: &'a Tensor,
+    pub(crate) out: u64,
+    pub(crate) rows: usize,
+    pub(crate) out_dtype: DType,
+    pub(crate) add: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+struct Shape {
+    m: usize,
+    n: usize,
+    k: usize,
+    out_f32: bool,
+    add: bool,
+}
+
+pub(crate) struct Gemm {
+    device: Arc<Device>,
+    handle: sys::cublasLtHandle_t,
+    workspace: Arc<DeviceMemory>,
+    chosen: Mutex<HashMap<Shape, sys::cublasLtMatmulAlgo_t>>,
+}
+
+// SAFETY: cuBLASLt handles may be shared between threads.
+unsafe impl Send for Gemm {}
+// SAFETY: as above.
+unsafe impl Sync for Gemm {}
+
+impl Gemm {
+    pub(crate) fn new(device: &Arc<Device>) -> Result<Self> {
+        // SAFETY: only opens the library.
+        if !unsafe { sys::is_culib_present() } {
+            return Err(fail(
+                "cuBLASLt was not found: libcublasLt.so.13 or .12 is not on the loader's path; \
+                 install it (`pip install nvidia-cublas`) and add its folder to LD_LIBRARY_PATH",
+            ));
+        }
+        device.bind()?;
+        Ok(Self {
+            device: Arc::clone(device),
+            handle: lt::create_handle().map_err(|e| fail(format!("cublasLtCreate: {e}")))?,
+            workspace: device.alloc(WORKSPACE)?,
+            chosen: Mutex::default(),
+        })
+    }
+
+    pub(crate) fn run(&self, product: &Product<'_>) -> Result<()> {
+        self.device.bind()?;
+        let shape = Shape {
+            m: bucket(product.rows),
+            n: product.w.shape()[product.w.shape().len() - 2],
+            k: product.w.row_len(),
+            out_f32: product.out_dtype == DType::F32,
+            add: product.add,
+        };
+        let plan = Plan::new(product, shape)?;
+        let known = self
+            .chosen
+            .lock()
+            .map_err(|_| fail("the algorithm table is poisoned"))?
+            .get(&shape)
+            .copied();
+        let algorithm = match known {
+            Some(algorithm) if self.fits(&plan, &algorithm) => algorithm,
+            _ => {
+                let algorithm = self.choose(&plan, product)?;
+                if let Ok(mut chosen) = self.chosen.lock() {
+                    chosen.insert(shape, algorithm);
+                }
+                algorithm
+            }
+        };
+        self.enqueue(&plan, product, product.out, &algorithm)
+    }
+
+    /// Times the heuristic's candidates into a scratch output; while a graph is captured nothing
+    /// can be timed and the first one stands.
+    fn choose(&self, plan: &Plan, product: &Product<'_>) -> Result<sys::cublasLtMatmulAlgo_t> {
+        let candidates = self.candidates(plan)?;
+        if candidates.len() == 1 || self.device.is_capturing()? {
+            return candidates
+                .first()
+                .copied()
+                .ok_or_else(|| fail("cuBLASLt has no algorithm for this shape"));
+        }
+        let bytes = product.rows * plan.n * product.out_dtype.block_bytes();
+        let scratch = self.device.alloc(bytes)?;
+        let (start, end) = (event()?, event()?);
+        let mut best = (f32::INFINITY, candidates[0]);
+        for algorithm in candidates {
+            let mut fastest = f32::INFINITY;
+            for _ in 0..4 {
+                // SAFETY: both events live until the end of this function.
+                unsafe { result::event::record(start, self.device.stream) }
+                    .map_err(|e| driver("cuEventRecord", e))?;
+                if self.enqueue(plan, product, scratch.address(), &algorithm).is_err() {
+                    break;
+                }
+                // SAFETY: as above.
+                unsafe {
+                    result::event::record(end, self.device.stream)
+                        .map_err(|e| driver("cuEventRecord", e))?;
+                    result::event::synchronize(end).map_err(|e| driver("cuEventSynchronize", e))?;
+                    fastest = fastest.min(
+                        result::event::elapsed(start, end)
+                            .map_err(|e| driver("cuEventElapsedTime", e))?,
+                    );
+                }
+            }
+            if fastest < best.0 {
+                best = (fastest, algorithm);
+            }
+        }
+        // SAFETY: made above, used no more.
+        unsafe {
+            let _ = result::event::destroy(start);
+            let _ = result::event::destroy(end);
+        }
+        Ok(best.1)
+    }
+
+    fn candidates(&self, plan: &Plan) -> Result<Vec<sys::cublasLtMatmulAlgo_t>> {
+        let preference = lt::create_matmul_pref()
+            .map_err(|e| fail(format!("cublasLtMatmulPreferenceCreate: {e}")))?;
+        let bytes = WORKSPACE;
+        // SAFETY: an all-zero result is a valid value of this plain struct.
+        let mut found: [sys::cublasLtMatmulHeuristicResult_t; CANDIDATES] =
+            unsafe { std::mem::zeroed() };
+        let mut count = 0;
+        // SAFETY: descriptors live in `plan`; the buffer has CANDIDATES entries.
+        let outcome =
+            unsafe {
+                lt::set_matmul_pref_attribute(
+                preference,
+                sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
+                (&raw const bytes).cast(),
+                size_of::<usize>(),
+            )
+            .and_then(|()| {
+                sys::cublasLtMatmulAlgoGetHeuristic(
+                    self.handle, plan.operation, plan.w, plan.x, plan.out, plan.out, preference,
+                    CANDIDATES as i32, found.as_mut_ptr(), &raw mut count,
+                )
+                .result()
+            })
+            };
+        // SAFETY: made above.
+        let _ = unsafe { lt::destroy_matmul_pref(preference) };
+        outcome.map_err(|e| fail(format!("cublasLtMatmulAlgoGetHeuristic: {e}")))?;
+        Ok(found[..count as usize].iter().map(|f| f.algo).collect())
+    }
+
+    fn fits(&self, plan: &Plan, algorithm: &sys::cublasLtMatmulAlgo_t) -> bool {
+        // SAFETY: as in `candidates`.
+        unsafe {
+            let mut result: sys::cublasLtMatmulHeuristicResult_t = std::mem::zeroed();
+            sys::cublasLtMatmulAlgoCheck(
+                self.handle,
+                plan.operation,
+                plan.w,
+                plan.x,
+                plan.out,
+                plan.out,
+                algorithm,
+                &raw mut result,
+            )
+            .result()
+            .is_ok()
+                && result.workspaceSize <= WORKSPACE
+        }
+    }
+
+    fn enqueue(
+        &self,
+        plan: &Plan,
+        product: &Product<'_>,
+        out: u64,
+        algorithm: &sys::cublasLtMatmulAlgo_t,
+    ) -> Result<()> {
+        let (alpha, beta) = (1f32, f32::from(u8::from(product.add)));
+        // SAFETY: addresses and layouts describe memory that the caller holds.
+        unsafe {
+            lt::matmul(
+                self.handle,
+                plan.operation,
+                (&raw const alpha).cast(),
+                (&raw const beta).cast(),
+                product.w.address() as *const _,
+                plan.w,
+                product.x as *const _,
+                plan.x,
+                out as *const _,
+                plan.out,
+                out as *mut _,
+                plan.out,
+                algorithm,
+                self.workspace.address() as *mut _,
+                WORKSPACE,
+                self.device.stream.cast(),
+            )
+        }
+        .map_err(|e| {
+            fail(format!(
+                "cublasLtMatmul of {}×{}×{}: {e}",
+                product.rows,
+                plan.n,
+                product.w.row_len()
+            ))
+        })
+    }
+}
+
+impl Drop for Gemm {
+    fn drop(&mut self) {
+        // SAFETY: nobody else holds the handle.
+        let _ = unsafe { lt::destroy_handle(self.handle) };
+    }
+}
+
+/// Rows are rounded up to a size that stands for them when an algorithm is picked.
+fn bucket(rows: usize) -> usize {
+    match rows {
+        0..=64 => rows.next_multiple_of(16),
+        65..=512 => rows.next_multiple_of(32),
+        _ => rows.next_power_of_two(),
+    }
+}
+
+fn event() -> Result<cudarc::driver::sys::CUevent> {
+    result::event::create(cudarc::driver::sys::CUevent_flags::CU_EVENT_DEFAULT)
+        .map_err(|e| driver("cuEventCreate", e))
+}
+
+/// cuBLASLt's descriptors. It thinks in columns: `outᵀ[n, m] = w[n, k] · xᵀ[k, m]`.
+struct Plan {
+    operation: sys::cublasLtMatmulDesc_t,
+    w: sys::cublasLtMatrixLayout_t,
+    x: sys::cublasLtMatrixLayout_t,
+    out: sys::cublasLtMatrixLayout_t,
+    n: usize,
+}
+
+impl Plan {
+    fn new(product: &Product<'_>, shape: Shape) -> Result<Self> {
+        let kind = |dtype| match dtype {
+            DType::F32 => sys::cudaDataType_t::CUDA_R_32F,
+            _ => sys::cudaDataType_t::CUDA_R_16BF,
+        };
+        let layout = |dtype, rows: usize, cols: usize| {
+            lt::create_matrix_layout(kind(dtype), rows as u64, cols as u64, rows as i64)
+                .map_err(|e| fail(format!("cublasLtMatrixLayoutCreate: {e}")))
+        };
+        let operation = lt::create_matmul_desc(
+            sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
+            sys::cudaDataType_t::CUDA_R_32F,
+        )
+        .map_err(|e| fail(format!("cublasLtMatmulDescCreate: {e}")))?;
+        let transpose = 1i32;
+        // SAFETY: the attribute is one i32: CUBLAS_OP_T.
+        unsafe {
+            lt::set_matmul_desc_attribute(
+                operation,
+                sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSA,
+                (&raw const transpose).cast(),
+                size_of::<i32>(),
+            )
+        }
+        .map_err(|e| fail(format!("cublasLtMatmulDescSetAttribute: {e}")))?;
+        let dtype = product.w.dtype();
+        Ok(Self {
+            operation,
+            w: layout(dtype, shape.k, shape.n)?,
+            x: layout(dtype, shape.k, product.rows)?,
+            out: layout(product.out_dtype, shape.n, product.rows)?,
+            n: shape.n,
+        })
+    }
+}
+
+impl Drop for Plan {
+    fn drop(&mut self) {
+        // SAFETY: made by `new`, destroyed once.
+        unsafe {
+            let _ = lt::destroy_matrix_layout(self.w);
+            let _ = lt::destroy_matrix_layout(self.x);
+            let _ = lt::destroy_matrix_layout(self.out);
+            let _ = lt::destroy_matmul_desc(self.operation);
+        }
+    }
+}

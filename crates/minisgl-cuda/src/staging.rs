@@ -1,0 +1,148 @@
+//! Copies between host and card through pinned memory, so that neither waits for the other.
+
+use std::sync::{Arc, Mutex};
+
+use cudarc::driver::{result, sys};
+use minisgl_tensor::{Download, Result, Tensor};
+
+use crate::device::{Device, driver, fail};
+
+const SLOTS: usize = 32;
+const SLOT_BYTES: usize = 2 << 20;
+
+/// A ring of pinned buffers for uploads, and a pool of them for downloads.
+pub(crate) struct Staging {
+    device: Arc<Device>,
+    ring: Mutex<(Vec<Pinned>, usize)>,
+    pool: Arc<Mutex<Vec<Pinned>>>,
+}
+
+impl Staging {
+    pub(crate) fn new(device: &Arc<Device>) -> Result<Self> {
+        let ring = (0..SLOTS).map(|_| Pinned::new(device, SLOT_BYTES)).collect::<Result<_>>()?;
+        Ok(Self { device: Arc::clone(device), ring: Mutex::new((ring, 0)), pool: Arc::default() })
+    }
+
+    /// Copies `src` to the front of `dst`; `src` may be reused when this returns.
+    pub(crate) fn upload(&self, src: &[u8], dst: &Tensor) -> Result<()> {
+        if src.len() > dst.bytes() {
+            return Err(fail(format!("{} bytes do not fit {dst:?}", src.len())));
+        }
+        self.device.bind()?;
+        let mut ring = self.ring.lock().map_err(|_| fail("the staging ring is poisoned"))?;
+        let (slots, next) = &mut *ring;
+        for (i, part) in src.chunks(SLOT_BYTES).enumerate() {
+            let slot = &mut slots[*next];
+            *next = (*next + 1) % SLOTS;
+            slot.wait()?;
+            slot.bytes_mut()[..part.len()].copy_from_slice(part);
+            let to = dst.address() + (i * SLOT_BYTES) as u64;
+            // SAFETY: source and destination hold the part; the slot is not written before its
+            // event has come.
+            unsafe {
+                result::memcpy_htod_async(to, &slot.bytes_mut()[..part.len()], self.device.stream)
+            }
+            .map_err(|e| driver("cuMemcpyHtoDAsync", e))?;
+            slot.record()?;
+        }
+        Ok(())
+    }
+
+    pub(crate) fn download(&self, src: &Tensor) -> Result<Box<dyn Download>> {
+        self.device.bind()?;
+        let bytes = src.bytes();
+        let mut pool = self.pool.lock().map_err(|_| fail("the download pool is poisoned"))?;
+        let found = pool.iter().position(|p| p.bytes >= bytes);
+        let mut pinned = match found {
+            Some(i) => pool.swap_remove(i),
+            None => Pinned::new(&self.device, bytes.next_power_of_two().max(4096))?,
+        };
+        drop(pool);
+        // SAFETY: the buffer is owned by the download until its event has come.
+        unsafe {
+            result::memcpy_dtoh_async(
+                &mut pinned.bytes_mut()[..bytes],
+                src.address(),
+                self.device.stream,
+            )
+        }
+        .map_err(|e| driver("cuMemcpyDtoHAsync", e))?;
+        pinned.record()?;
+        Ok(Box::new(Pending { pinned: Some(pinned), bytes, pool: Arc::clone(&self.pool) }))
+    }
+}
+
+struct Pending {
+    pinned: Option<Pinned>,
+    bytes: usize,
+    pool: Arc<Mutex<Vec<Pinned>>>,
+}
+
+impl Download for Pending {
+    fn wait(mut self: Box<Self>) -> Result<Vec<u8>> {
+        let mut pinned = self.pinned.take().ok_or_else(|| fail("a download is waited for once"))?;
+        pinned.wait()?;
+        let bytes = pinned.bytes_mut()[..self.bytes].to_vec();
+        if let Ok(mut pool) = self.pool.lock() {
+            pool.push(pinned);
+        }
+        Ok(bytes)
+    }
+}
+
+/// Page-locked host memory and the event behind its last copy.
+struct Pinned {
+    device: Arc<Device>,
+    address: *mut u8,
+    bytes: usize,
+    event: sys::CUevent,
+}
+
+// SAFETY: owned by one value; the driver's handles are not bound to a thread.
+unsafe impl Send for Pinned {}
+
+impl Pinned {
+    fn new(device: &Arc<Device>, bytes: usize) -> Result<Self> {
+        device.bind()?;
+        // SAFETY: owned and freed by this value.
+        let address =
+            unsafe { result::malloc_host(bytes, 0) }.map_err(|e| driver("cuMemHostAlloc", e))?;
+        let event = result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING)
+            .map_err(|e| driver("cuEventCreate", e))?;
+        // SAFETY: `bytes` bytes were just allocated.
+        unsafe { address.cast::<u8>().write_bytes(0, bytes) };
+        Ok(Self { device: Arc::clone(device), address: address.cast(), bytes, event })
+    }
+
+    fn bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: initialised memory of this length, borrowed with `self`.
+        unsafe { std::slice::from_raw_parts_mut(self.address, self.bytes) }
+    }
+
+    fn record(&self) -> Result<()> {
+        // SAFETY: event and stream live.
+        unsafe { result::event::record(self.event, self.device.stream) }
+            .map_err(|e| driver("cuEventRecord", e))
+    }
+
+    /// Waits until the last copy is done.
+    fn wait(&self) -> Result<()> {
+        self.device.bind()?;
+        // SAFETY: the event lives.
+        unsafe { result::event::synchronize(self.event) }
+            .map_err(|e| driver("cuEventSynchronize", e))
+    }
+}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        // The copy may still be under way when its owner lost interest.
+        if self.wait().is_ok() {
+            // SAFETY: made by `new`, given back once.
+            unsafe {
+                let _ = result::event::destroy(self.event);
+                let _ = result::free_host(self.address.cast());
+            }
+        }
+    }
+}

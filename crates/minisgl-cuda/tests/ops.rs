@@ -1,0 +1,670 @@
+//! Every operation against a plain f64 loop, on fresh random inputs at odd sizes, with the output
+//! poisoned before. Skipped, with the reason, where there is no card.
+
+use std::sync::Arc;
+
+use half::bf16;
+use minisgl_cuda::{CudaBackend, CudaOptions};
+use minisgl_tensor::*;
+
+struct Rng(u64);
+impl Rng {
+    fn next(&mut self) -> f64 {
+        self.0 = self.0.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        (self.0 >> 11) as f64 / (1u64 << 53) as f64 * 2.0 - 1.0
+    }
+    fn many(&mut self, n: usize) -> Vec<f64> {
+        (0..n).map(|_| self.next()).collect()
+    }
+}
+
+struct Rig {
+    b: CudaBackend,
+    rng: Rng,
+}
+
+fn rigs(test: &str) -> Vec<Rig> {
+    if minisgl_cuda::devices().is_empty() {
+        eprintln!("{test}: skipped, no CUDA device on this machine");
+        return Vec::new();
+    }
+    let seed =
+        std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_nanos()
+            as u64;
+    [Precision::Native, Precision::Exact]
+        .into_iter()
+        .map(|precision| {
+            eprintln!("{test}: {precision:?}, seed {seed}");
+            Rig {
+                b: CudaBackend::new(CudaOptions { device: 0, precision }).unwrap(),
+                rng: Rng(seed),
+            }
+        })
+        .collect()
+}
+
+impl Rig {
+    fn tolerance(&self) -> f64 {
+        if self.b.activation_dtype() == DType::BF16 { 8e-3 } else { 2e-6 }
+    }
+    fn round(&self, x: f64) -> f64 {
+        match self.b.activation_dtype() {
+            DType::BF16 => bf16::from_f64(x).to_f64(),
+            _ => f64::from(x as f32),
+        }
+    }
+    /// Random activations, already rounded, and their copy on the card.
+    fn tensor(&mut self, shape: &[usize]) -> (Vec<f64>, Tensor) {
+        let v: Vec<f64> =
+            self.rng.many(shape.iter().product()).into_iter().map(|x| self.round(x)).collect();
+        let t = self.put(&v, shape);
+        (v, t)
+    }
+    fn put(&self, v: &[f64], shape: &[usize]) -> Tensor {
+        let dtype = self.b.activation_dtype();
+        let t = self.b.alloc(dtype, shape).unwrap();
+        let bytes: Vec<u8> = match dtype {
+            DType::BF16 => v.iter().flat_map(|&x| bf16::from_f64(x).to_le_bytes()).collect(),
+            _ => v.iter().flat_map(|&x| (x as f32).to_le_bytes()).collect(),
+        };
+        self.b.upload(&bytes, &t).unwrap();
+        t
+    }
+    fn poison(&self, dtype: DType, shape: &[usize]) -> Tensor {
+        let t = self.b.alloc(dtype, shape).unwrap();
+        self.b.upload(&vec![0xff; t.bytes()], &t).unwrap();
+        t
+    }
+    fn out(&self, shape: &[usize]) -> Tensor {
+        self.poison(self.b.activation_dtype(), shape)
+    }
+    fn f32s(&self, v: &[f64]) -> Tensor {
+        let t = self.b.alloc(DType::F32, &[v.len()]).unwrap();
+        self.b
+            .upload(&v.iter().flat_map(|&x| (x as f32).to_le_bytes()).collect::<Vec<_>>(), &t)
+            .unwrap();
+        t
+    }
+    fn ints(&self, v: &[i32], shape: &[usize]) -> Tensor {
+        let t = self.b.alloc(DType::I32, shape).unwrap();
+        self.b.upload(&v.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<_>>(), &t).unwrap();
+        t
+    }
+    fn get(&self, t: &Tensor) -> Vec<f64> {
+        let bytes = self.b.download(t).unwrap().wait().unwrap();
+        match t.dtype() {
+            DType::BF16 => {
+                bytes.chunks_exact(2).map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f64()).collect()
+            }
+            _ => bytes
+                .chunks_exact(4)
+                .map(|b| f64::from(f32::from_le_bytes([b[0], b[1], b[2], b[3]])))
+                .collect(),
+        }
+    }
+    fn get_ints(&self, t: &Tensor) -> Vec<i32> {
+        let bytes = self.b.download(t).unwrap().wait().unwrap();
+        bytes.chunks_exact(4).map(|b| i32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
+    }
+    fn weight(&mut self, rows: usize, cols: usize) -> (Vec<f64>, Weight) {
+        let v: Vec<f64> = self.rng.many(rows * cols).into_iter().map(|x| self.round(x)).collect();
+        let w = self.b.matrix(&[host(&v, &[rows, cols])], Precision::Native).unwrap();
+        (v, w)
+    }
+    fn vector(&mut self, n: usize) -> (Vec<f64>, Weight) {
+        let v: Vec<f64> = self.rng.many(n).into_iter().map(|x| f64::from(x as f32)).collect();
+        let w = self.b.vector(&[host(&v, &[n])]).unwrap();
+        (v, w)
+    }
+    fn close(&self, what: &str, got: &[f64], want: &[f64]) {
+        assert_eq!(got.len(), want.len(), "{what}");
+        let (mut d, mut n) = (0.0, 0.0);
+        for (g, w) in got.iter().zip(want) {
+            assert!(g.is_finite(), "{what}: {g} where {w} was expected");
+            d += (g - w).powi(2);
+            n += w * w;
+        }
+        let error = (d / n.max(1e-30)).sqrt();
+        assert!(error <= self.tolerance(), "{what}: relative error {error:.2e}");
+    }
+}
+
+fn host(v: &[f64], shape: &[usize]) -> HostTensor<'static> {
+    let data: Vec<u8> = v.iter().flat_map(|&x| (x as f32).to_le_bytes()).collect();
+    HostTensor {
+        name: "test".into(),
+        dtype: DType::F32,
+        shape: shape.to_vec(),
+        data: data.into(),
+        scale: None,
+    }
+}
+
+fn matmul(x: &[f64], w: &[f64], m: usize, n: usize, k: usize) -> Vec<f64> {
+    let mut out = vec![0.0; m * n];
+    for i in 0..m {
+        for j in 0..n {
+            out[i * n + j] = (0..k).map(|l| x[i * k + l] * w[j * k + l]).sum();
+        }
+    }
+    out
+}
+
+fn normed(x: &[f64], w: &[f64], width: usize, eps: f64) -> Vec<f64> {
+    x.chunks(width)
+        .flat_map(|row| {
+            let scale = 1.0 / (row.iter().map(|v| v * v).sum::<f64>() / width as f64 + eps).sqrt();
+            row.iter().zip(w).map(move |(v, w)| v * scale * w).collect::<Vec<_>>()
+        })
+        .collect()
+}
+
+fn silu(x: f64) -> f64 {
+    x / (1.0 + (-x).exp())
+}
+
+#[test]
+fn linear_and_norms() {
+    for mut r in rigs("linear") {
+        for (m, n, k) in [
+            (1, 1024, 2048),
+            (3, 136, 576),
+            (8, 72, 1032),
+            (9, 520, 64),
+            (16, 96, 5120),
+            (33, 200, 328),
+            (130, 64, 256),
+        ] {
+            let (x, xt) = r.tensor(&[m, k]);
+            let (w, wt) = r.weight(n, k);
+            let (bias, bt) = r.vector(n);
+            let (nw, nt) = r.vector(k);
+            let norm = Norm { weight: nt, eps: 1e-6, plus_one: false };
+            let what = format!("{m}x{n}x{k}");
+            let plain = matmul(&x, &w, m, n, k);
+            let out = r.out(&[m, n]);
+            let args =
+                Linear { x: &xt, norm: None, weight: &wt, bias: Some(&bt), store: Store::Set };
+            r.b.linear(&args, &out).unwrap();
+            let with_bias: Vec<f64> =
+                plain.iter().enumerate().map(|(i, v)| v + bias[i % n]).collect();
+            r.close(&format!("bias {what}"), &r.get(&out), &with_bias);
+            // Adding, with a norm, into f32 and into the activations' type.
+            let (before, out) = r.tensor(&[m, n]);
+            let xn = normed(&x, &nw, k, 1e-6);
+            let product = matmul(&xn, &w, m, n, k);
+            let sum: Vec<f64> = product.iter().zip(&before).map(|(a, b)| a + b).collect();
+            r.b.linear(&Linear { norm: Some(&norm), bias: None, store: Store::Add, ..args }, &out)
+                .unwrap();
+            r.close(&format!("norm add {what}"), &r.get(&out), &sum);
+            let out = r.poison(DType::F32, &[m, n]);
+            r.b.linear(&Linear { norm: Some(&norm), bias: None, ..args }, &out).unwrap();
+            r.close(&format!("logits {what}"), &r.get(&out), &product);
+            let out = r.out(&[m, k]);
+            r.b.rms_norm(&xt, &norm, &out).unwrap();
+            r.close(&format!("norm {what}"), &r.get(&out), &xn);
+            let out = r.out(&[m, n / 2]);
+            r.b.gated_linear(
+                &Linear { norm: Some(&norm), bias: None, ..args },
+                Activation::Silu,
+                &out,
+            )
+            .unwrap();
+            let gated: Vec<f64> = (0..m * n / 2)
+                .map(|i| {
+                    let (row, col) = (i / (n / 2), i % (n / 2));
+                    silu(product[row * n + col]) * product[row * n + n / 2 + col]
+                })
+                .collect();
+            r.close(&format!("gated {what}"), &r.get(&out), &gated);
+        }
+    }
+}
+
+#[test]
+fn embedding_gather_and_scatter() {
+    for mut r in rigs("embed") {
+        let (w, wt) = r.weight(50, 72);
+        let ids = r.ints(&[3, -1, 60, -2, 10], &[5]);
+        let table = r.ints(&[59, 12], &[2]);
+        let out = r.out(&[5, 72]);
+        r.b.embed(
+            &Embed { input_ids: &ids, token_table: &table, table: &wt, first_id: 10, scale: 2.0 },
+            &out,
+        )
+        .unwrap();
+        let want: Vec<f64> = [-1i32, 49, -1, 2, 0]
+            .iter()
+            .flat_map(|&i| {
+                (0..72)
+                    .map(|c| if i < 0 { 0.0 } else { 2.0 * w[i as usize * 72 + c] })
+                    .collect::<Vec<_>>()
+            })
+            .collect();
+        r.close("embed", &r.get(&out), &want);
+        let (x, xt) = r.tensor(&[7, 33]);
+        let out = r.out(&[2, 33]);
+        r.b.gather(&xt, &r.ints(&[6, 0], &[2]), &out).unwrap();
+        r.close("gather", &r.get(&out), &[&x[6 * 33..], &x[..33]].concat());
+        let flat = r.ints(&[1, 2, 3, 4], &[2, 2]);
+        r.b.scatter(&r.ints(&[3, -1, 0], &[3]), &r.ints(&[9, 8, 7], &[3]), &flat).unwrap();
+        assert_eq!(r.get_ints(&flat), [7, 2, 3, 9]);
+    }
+}
+
+struct Case {
+    heads: Heads,
+    page_size: usize,
+    /// `(cached, extend)`, decodes first.
+    rows: &'static [(usize, usize)],
+    window: Option<usize>,
+    soft_cap: Option<f32>,
+}
+
+#[test]
+fn rope_and_attention() {
+    let h = |q, kv, dim| Heads { q, kv, dim };
+    let mixed: &[(usize, usize)] = &[(0, 1), (37, 1), (700, 1), (0, 77), (50, 33), (3, 2)];
+    for mut r in rigs("attention") {
+        for heads in [
+            h(4, 2, 64),
+            h(5, 1, 80),
+            h(6, 2, 96),
+            h(16, 8, 128),
+            h(40, 8, 128),
+            h(2, 1, 256),
+            h(8, 8, 64),
+        ] {
+            for (page_size, window, soft_cap) in [
+                (1, None, None),
+                (16, None, None),
+                (16, Some(40), None),
+                (64, None, Some(2.0)),
+                (3, Some(7), None),
+            ] {
+                attention_case(&mut r, &Case { heads, page_size, rows: mixed, window, soft_cap });
+            }
+        }
+        let many: &[(usize, usize)] = &[(3000, 1); 40];
+        attention_case(
+            &mut r,
+            &Case { heads: h(4, 2, 128), page_size: 16, rows: many, window: None, soft_cap: None },
+        );
+    }
+}
+
+fn attention_case(r: &mut Rig, case: &Case) {
+    let Heads { q: qh, kv: kvh, dim } = case.heads;
+    let rows = case.rows.len();
+    let tokens: usize = case.rows.iter().map(|x| x.1).sum();
+    let longest = case.rows.iter().map(|x| x.0 + x.1).max().unwrap();
+    let per_row = longest.div_ceil(case.page_size);
+    let pages = rows * per_row + 1;
+    let width = case.heads.qkv_width();
+    // Pages of a row lie in reverse order behind each other; slots are reversed, too.
+    let slot = |row: usize| rows - 1 - row;
+    let page = |row: usize, i: usize| slot(row) * per_row + (per_row - 1 - i) + 1;
+    let at =
+        |row: usize, p: usize| page(row, p / case.page_size) * case.page_size + p % case.page_size;
+    let mut table = vec![0i32; rows * per_row];
+    for row in 0..rows {
+        for i in 0..per_row {
+            table[slot(row) * per_row + i] = page(row, i) as i32;
+        }
+    }
+    let (mut k, kt) = r.tensor(&[pages, kvh, case.page_size, dim]);
+    let (mut v, vt) = r.tensor(&[pages, kvh, case.page_size, dim]);
+    let (mut qkv, qkvt) = r.tensor(&[tokens, width]);
+    let (qw, qn) = r.vector(dim);
+    let (kw, kn) = r.vector(dim);
+    let angles: Vec<f64> = (0..longest)
+        .flat_map(|p| {
+            let half = dim / 2;
+            (0..dim)
+                .map(move |i| {
+                    let a = p as f64 * 10000f64.powf(-2.0 * (i % half) as f64 / dim as f64);
+                    if i < half { a.cos() } else { a.sin() }
+                })
+                .collect::<Vec<_>>()
+        })
+        .collect();
+    let mut start = vec![0i32];
+    let (mut positions, mut store_at, mut owner) = (vec![], vec![], vec![]);
+    for (row, &(cached, extend)) in case.rows.iter().enumerate() {
+        for p in cached..cached + extend {
+            positions.push(p as i32);
+            store_at.push(at(row, p) as i32);
+            owner.push(row);
+        }
+        start.push(positions.len() as i32);
+    }
+    let kv_len: Vec<i32> = case.rows.iter().map(|x| (x.0 + x.1) as i32).collect();
+    let batch = Batch {
+        rows,
+        tokens,
+        decode_rows: case.rows.iter().take_while(|x| x.1 == 1).count(),
+        slots: r.ints(&(0..rows).map(|x| slot(x) as i32).collect::<Vec<_>>(), &[rows]),
+        query_start: r.ints(&start, &[rows + 1]),
+        kv_len: r.ints(&kv_len, &[rows]),
+        positions: r.ints(&positions, &[tokens]),
+        store_at: r.ints(&store_at, &[tokens]),
+        page_table: r.ints(&table, &[rows, per_row]),
+        page_size: case.page_size,
+        host: Some(Arc::new(HostBatch { query_start: start.clone(), kv_len })),
+        kv_len_max: longest,
+        extend_len_max: case.rows.iter().map(|x| x.1).max().unwrap(),
+    };
+    let kv = KvLayer { k: kt, v: vt };
+    let norm = |weight: &Weight| Norm { weight: weight.clone(), eps: 1e-6, plus_one: false };
+    let rope = r.f32s(&angles).reshape(&[longest, dim]);
+    let (qn, kn) = (norm(&qn), norm(&kn));
+    let args = RopeStore {
+        batch: &batch,
+        heads: case.heads,
+        q_norm: Some(&qn),
+        k_norm: Some(&kn),
+        rope: &rope,
+        kv: &kv,
+    };
+    r.b.rope_store(&args, &qkvt).unwrap();
+    // The same on the host.
+    for t in 0..tokens {
+        for head in 0..qh + 2 * kvh {
+            let x = &mut qkv[t * width + head * dim..][..dim];
+            if head < qh + kvh {
+                let w = if head < qh { &qw } else { &kw };
+                let n = normed(x, w, dim, 1e-6);
+                for i in 0..dim / 2 {
+                    let a = &angles[positions[t] as usize * dim..];
+                    x[i] = r.round(n[i] * a[i] - n[i + dim / 2] * a[i + dim / 2]);
+                    x[i + dim / 2] = r.round(n[i + dim / 2] * a[i] + n[i] * a[i + dim / 2]);
+                }
+            }
+            if head >= qh {
+                let kv_head = (head - qh) % kvh;
+                let (p, o) =
+                    (store_at[t] as usize / case.page_size, store_at[t] as usize % case.page_size);
+                let to = ((p * kvh + kv_head) * case.page_size + o) * dim;
+                let pages = if head < qh + kvh { &mut k } else { &mut v };
+                pages[to..to + dim].copy_from_slice(x);
+            }
+        }
+    }
+    let what = format!(
+        "{:?} page {} window {:?} cap {:?}",
+        case.heads, case.page_size, case.window, case.soft_cap
+    );
+    r.close(&format!("k {what}"), &r.get(&kv.k), &k);
+    r.close(&format!("v {what}"), &r.get(&kv.v), &v);
+    let scale = 1.0 / (dim as f64).sqrt();
+    let mut want = vec![0.0; tokens * qh * dim];
+    for t in 0..tokens {
+        let (row, pos) = (owner[t], positions[t] as usize);
+        let first = case.window.map_or(0, |w| (pos + 1).saturating_sub(w));
+        for head in 0..qh {
+            let q = &qkv[t * width + head * dim..][..dim];
+            let place = |p: usize| {
+                ((at(row, p) / case.page_size * kvh + head / (qh / kvh)) * case.page_size
+                    + at(row, p) % case.page_size)
+                    * dim
+            };
+            let s: Vec<f64> = (first..=pos)
+                .map(|p| {
+                    let s = scale * q.iter().zip(&k[place(p)..]).map(|(a, b)| a * b).sum::<f64>();
+                    case.soft_cap.map_or(s, |c| f64::from(c) * (s / f64::from(c)).tanh())
+                })
+                .collect();
+            let top = s.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            let sum: f64 = s.iter().map(|x| (x - top).exp()).sum();
+            for (i, p) in (first..=pos).enumerate() {
+                let weight = (s[i] - top).exp() / sum;
+                for d in 0..dim {
+                    want[(t * qh + head) * dim + d] += weight * v[place(p) + d];
+                }
+            }
+        }
+    }
+    let run = |batch: &Batch, out: &Tensor| {
+        let args = Attention {
+            batch,
+            heads: case.heads,
+            kv: &kv,
+            scale: scale as f32,
+            window: case.window,
+            soft_cap: case.soft_cap,
+        };
+        r.b.attention(&args, &qkvt, out).unwrap();
+    };
+    for _ in 0..2 {
+        let out = r.out(&[tokens, qh * dim]);
+        run(&batch, &out);
+        r.close(&format!("attention {what}"), &r.get(&out), &want);
+    }
+    // The decode rows as prefill rows must say the same.
+    let out = r.out(&[tokens, qh * dim]);
+    run(&Batch { decode_rows: 0, ..batch.clone() }, &out);
+    r.close(&format!("attention as prefill {what}"), &r.get(&out), &want);
+}
+
+#[test]
+fn mixture_of_experts() {
+    for mut r in rigs("moe") {
+        let (tokens, hidden, experts, inner, top_k) = (5, 64, 7, 40, 3);
+        let (x, xt) = r.tensor(&[tokens, hidden]);
+        let (nw, nt) = r.vector(hidden);
+        let (router, router_t) = r.weight(experts, hidden);
+        let mut gu = vec![];
+        let mut down = vec![];
+        for _ in 0..experts {
+            gu.push(
+                (0..2 * inner * hidden)
+                    .map(|_| {
+                        let x = r.rng.next();
+                        r.round(x)
+                    })
+                    .collect::<Vec<_>>(),
+            );
+            down.push(
+                (0..inner * hidden)
+                    .map(|_| {
+                        let x = r.rng.next();
+                        r.round(x)
+                    })
+                    .collect::<Vec<_>>(),
+            );
+        }
+        let gate_up =
+            r.b.expert_matrices(
+                &gu.iter()
+                    .map(|g| {
+                        vec![
+                            host(&g[..inner * hidden], &[inner, hidden]),
+                            host(&g[inner * hidden..], &[inner, hidden]),
+                        ]
+                    })
+                    .collect::<Vec<_>>(),
+                Precision::Native,
+            )
+            .unwrap();
+        let down_t =
+            r.b.expert_matrices(
+                &down.iter().map(|d| vec![host(d, &[hidden, inner])]).collect::<Vec<_>>(),
+                Precision::Native,
+            )
+            .unwrap();
+        assert_eq!(
+            (gate_up.shape(), down_t.shape()),
+            (&[experts, 2 * inner, hidden][..], &[experts, hidden, inner][..])
+        );
+        let norm = Norm { weight: nt, eps: 1e-6, plus_one: false };
+        let xn: Vec<f64> = normed(&x, &nw, hidden, 1e-6).into_iter().map(|v| r.round(v)).collect();
+        for renormalize in [false, true] {
+            let out = r.out(&[tokens, hidden]);
+            r.b.moe(
+                &Moe {
+                    x: &xt,
+                    norm: &norm,
+                    router: &router_t,
+                    gate_up: &gate_up,
+                    down: &down_t,
+                    top_k,
+                    renormalize,
+                    store: Store::Set,
+                },
+                &out,
+            )
+            .unwrap();
+            let mut want = vec![0.0; tokens * hidden];
+            for t in 0..tokens {
+                let row = &xn[t * hidden..][..hidden];
+                let logits = matmul(row, &router, 1, experts, hidden);
+                let top = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                let all: f64 = logits.iter().map(|l| (l - top).exp()).sum();
+                let mut order: Vec<usize> = (0..experts).collect();
+                order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]));
+                let kept: f64 = order[..top_k].iter().map(|&e| (logits[e] - top).exp() / all).sum();
+                for &e in &order[..top_k] {
+                    let both = matmul(row, &gu[e], 1, 2 * inner, hidden);
+                    let mid: Vec<f64> =
+                        (0..inner).map(|i| silu(both[i]) * both[inner + i]).collect();
+                    let weight =
+                        (logits[e] - top).exp() / all / if renormalize { kept } else { 1.0 };
+                    for (o, d) in want[t * hidden..][..hidden]
+                        .iter_mut()
+                        .zip(matmul(&mid, &down[e], 1, hidden, inner))
+                    {
+                        *o += weight * d;
+                    }
+                }
+            }
+            r.close("moe", &r.get(&out), &want);
+        }
+    }
+}
+
+#[test]
+fn sampling() {
+    for mut r in rigs("sampling") {
+        let (rows, vocab) = (600, 5003);
+        let row: Vec<f64> = (0..vocab).map(|_| f64::from((r.rng.next() * 6.0) as f32)).collect();
+        let logits = r
+            .f32s(&row.iter().copied().cycle().take(rows * vocab).collect::<Vec<_>>())
+            .reshape(&[rows, vocab]);
+        let mut order: Vec<usize> = (0..vocab).collect();
+        order.sort_by(|&a, &b| row[b].total_cmp(&row[a]));
+        let table = r.ints(&vec![-1; rows], &[rows]);
+        for (t, k, p, m) in [
+            (0.0, 0, 1.0, 0.0),
+            (0.7, 0, 1.0, 0.0),
+            (1.0, 5, 1.0, 0.0),
+            (0.8, 0, 0.3, 0.0),
+            (1.0, 20, 0.6, 0.0),
+            (1.0, 0, 1.0, 0.4),
+        ] {
+            let probs: Vec<f64> = order
+                .iter()
+                .map(|&i| ((row[i] - row[order[0]]) / if t > 0.0 { t } else { 1e-9 }).exp())
+                .collect();
+            let mut keep = if k > 0 { k as usize } else { vocab };
+            let sum: f64 = probs[..keep].iter().sum();
+            let mut run = 0.0;
+            keep = probs[..keep]
+                .iter()
+                .take_while(|x| {
+                    let take = run < p * sum;
+                    run += **x;
+                    take
+                })
+                .count();
+            keep = probs[..keep].iter().take_while(|x| **x >= m).count();
+            let tokens = r.poison(DType::I32, &[rows]);
+            let positions: Vec<i32> = (0..rows as i32).collect();
+            let args = Sample {
+                temperature: &r.f32s(&vec![t; rows]),
+                top_k: &r.ints(&vec![k; rows], &[rows]),
+                top_p: &r.f32s(&vec![p; rows]),
+                min_p: &r.f32s(&vec![m; rows]),
+                seed: &r.ints(&[77, 3].repeat(rows), &[rows, 2]),
+                position: &r.ints(&positions, &[rows]),
+                slots: &r.ints(&positions, &[rows]),
+                all_greedy: t == 0.0,
+                token_table: &table,
+                tokens: &tokens,
+            };
+            r.b.sample(&args, &logits).unwrap();
+            let got = r.get_ints(&tokens);
+            assert_eq!(got, r.get_ints(&table));
+            let allowed = &order[..if t == 0.0 { 1 } else { keep }];
+            for token in &got {
+                assert!(
+                    allowed.contains(&(*token as usize)),
+                    "t {t} k {k} p {p} m {m}: {token} is not among {}",
+                    allowed.len()
+                );
+            }
+            // The mean of the drawn tokens' probabilities against its expectation.
+            let total: f64 = probs[..allowed.len()].iter().sum();
+            let place = |i: i32| order.iter().position(|&o| o == i as usize).unwrap();
+            let mean = got.iter().map(|&i| probs[place(i)] / total).sum::<f64>() / rows as f64;
+            let expected: f64 = probs[..allowed.len()].iter().map(|x| (x / total).powi(2)).sum();
+            let spread: f64 =
+                (probs[..allowed.len()].iter().map(|x| (x / total).powi(3)).sum::<f64>()
+                    - expected * expected)
+                    .max(0.0);
+            let distance = (mean - expected).abs();
+            assert!(
+                distance <= 5.0 * (spread / rows as f64).sqrt() + 1e-6,
+                "t {t} k {k} p {p} m {m}: {mean} for {expected}"
+            );
+        }
+        // Log-probabilities.
+        let top = 4;
+        let (logprob, rank) = (r.poison(DType::F32, &[2]), r.poison(DType::I32, &[2]));
+        let (ids, lps) = (r.poison(DType::I32, &[2, top]), r.poison(DType::F32, &[2, top]));
+        let targets = r.ints(&[order[0] as i32, order[99] as i32], &[2]);
+        r.b.logprobs(
+            &Logprobs {
+                targets: &targets,
+                logprob: &logprob,
+                rank: &rank,
+                top_ids: &ids,
+                top_logprobs: &lps,
+            },
+            &logits.first(2),
+        )
+        .unwrap();
+        let norm = row[order[0]] + row.iter().map(|x| (x - row[order[0]]).exp()).sum::<f64>().ln();
+        assert_eq!(r.get_ints(&rank), [1, 100]);
+        assert_eq!(
+            r.get_ints(&ids),
+            order[..top].iter().chain(&order[..top]).map(|&x| x as i32).collect::<Vec<_>>()
+        );
+        for (got, want) in r.get(&logprob).iter().zip([row[order[0]] - norm, row[order[99]] - norm])
+        {
+            assert!((got - want).abs() < 1e-4, "{got} {want}");
+        }
+        // Edits and masks.
+        let small = r.f32s(&[1.0, -2.0, 3.0, 4.0]).reshape(&[1, 4]);
+        r.b.adjust(
+            &Adjust { edits: &[(0, 0, 2.0, 1.0), (0, 1, 2.0, 0.5)], masks: &[(0, &[0b0111])] },
+            &small,
+        )
+        .unwrap();
+        assert_eq!(r.get(&small), [1.5, -3.5, 3.0, f64::NEG_INFINITY]);
+        r.b.soft_cap(&small.view_as(DType::F32, &[1, 3]), 2.0).unwrap();
+        assert!((r.get(&small)[2] - 2.0 * (1.5f64).tanh()).abs() < 1e-6);
+    }
+}
+
+#[test]
+fn graphs_replay() {
+    for mut r in rigs("graphs") {
+        let (x, xt) = r.tensor(&[4, 64]);
+        let (d, dt) = r.tensor(&[4, 64]);
+        let graph = r.b.capture(&mut || r.b.add(&xt, &dt)).unwrap().unwrap();
+        r.close("captured, not run", &r.get(&xt), &x);
+        graph.launch().unwrap();
+        let want: Vec<f64> = x.iter().zip(&d).map(|(a, b)| a + b).collect();
+        r.close("launched", &r.get(&xt), &want);
+    }
+}
