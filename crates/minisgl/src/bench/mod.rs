@@ -1,0 +1,7 @@
+//! Benchmarks: the reference's workload, and single steps by themselves.
+
+mod python_random;
+mod workload;
+
+pub use python_random::PythonRandom;
+pub use workload::{Workload, WorkloadSpec};

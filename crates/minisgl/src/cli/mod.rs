@@ -1,0 +1,61 @@
+//! The command line.
+
+pub mod inspect;
+pub mod models;
+
+use std::io::Write;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+/// A small, fast LLM serving engine: an OpenAI-compatible server, a chat shell and offline
+/// batches, on the CPU or on NVIDIA GPUs.
+#[derive(Parser, Debug)]
+#[command(
+    name = "minisgl",
+    version,
+    after_help = "MINISGL_LOG sets the log level (error, warn, info, debug)."
+)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand, Debug)]
+enum Command {
+    /// List the architectures that run, and the models that are in the cache
+    Models(models::ModelsArgs),
+    /// Show what a model is: configuration, tensors, chat template, memory need
+    Inspect(inspect::InspectArgs),
+}
+
+impl Cli {
+    /// Does what the command line asks for.
+    ///
+    /// # Errors
+    /// Whatever ended the command.
+    pub fn run(self) -> Result<()> {
+        match self.command {
+            Command::Models(args) => args.run(),
+            Command::Inspect(args) => args.run(),
+        }
+    }
+}
+
+/// Writes to standard output, where a closed pipe is an error like any other and no panic.
+fn out(text: &str) -> Result<()> {
+    let mut stdout = std::io::stdout().lock();
+    stdout.write_all(text.as_bytes())?;
+    Ok(stdout.flush()?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,180 @@
+//! What a user can say about a model and how it is run. The names are the reference's wherever it
+//! has one.
+
+use std::fmt;
+use std::str::FromStr;
+
+use clap::{Args, ValueEnum};
+
+use crate::source::{ModelLocator, ModelSource};
+
+/// A model, a device, and the engine's sizes. `None` leaves the choice to the program.
+#[derive(Args, Clone, Debug, Default)]
+pub struct RuntimeOptions {
+    /// A .gguf file, a folder in Hugging Face layout, or a hub id such as Qwen/Qwen3-0.6B or
+    /// org/name/file.gguf [default: SmolLM2-135M-Instruct, fetched once]
+    #[arg(long, visible_alias = "model-path", value_name = "MODEL", help_heading = "Model")]
+    pub model: Option<String>,
+
+    /// The hub that ids belong to
+    #[arg(long, value_enum, default_value_t, help_heading = "Model")]
+    pub model_source: ModelSource,
+
+    /// Branch, tag or commit on the hub
+    #[arg(long, help_heading = "Model")]
+    pub revision: Option<String>,
+
+    /// Random weights: only the configuration is read
+    #[arg(long, help_heading = "Model")]
+    pub dummy_weight: bool,
+
+    /// How weights and activations are computed: auto is what is fastest near the file's own
+    /// precision, float32 dequantizes and computes everything in float32, which is exact and slow
+    #[arg(long, value_enum, default_value_t, help_heading = "Model")]
+    pub dtype: Dtype,
+
+    /// Longest sequence, prompt and answer together [default: the model's own]
+    #[arg(long, value_name = "TOKENS", help_heading = "Model")]
+    pub max_seq_len_override: Option<usize>,
+
+    /// cpu, cuda, cuda:N, or auto: the first NVIDIA GPU if there is one
+    #[arg(long, default_value_t, help_heading = "Device")]
+    pub device: Device,
+
+    /// Ranks that the model is split over
+    #[arg(
+        long,
+        visible_alias = "tp-size",
+        visible_alias = "tensor-parallel-size",
+        default_value_t = 1,
+        value_name = "RANKS",
+        help_heading = "Device"
+    )]
+    pub tp: usize,
+
+    /// CPU threads a rank [default: all physical cores, divided by the ranks]
+    #[arg(long, help_heading = "Device")]
+    pub threads: Option<usize>,
+
+    /// Largest decode batch that runs as a CUDA graph; 0 turns graphs off
+    #[arg(long, visible_alias = "graph", value_name = "REQUESTS", help_heading = "Device")]
+    pub cuda_graph_max_bs: Option<usize>,
+
+    /// Attention kernels, or PREFILL,DECODE separately
+    #[arg(
+        long,
+        visible_alias = "attention-backend",
+        value_name = "KERNELS",
+        help_heading = "Device"
+    )]
+    pub attn: Option<String>,
+
+    /// Requests that run at once; the others wait [default: 256]
+    #[arg(long, value_name = "REQUESTS", help_heading = "Scheduling")]
+    pub max_running_requests: Option<usize>,
+
+    /// Tokens that one step computes: longer prompts are prefilled in chunks [default: by device]
+    #[arg(
+        long,
+        visible_alias = "max-extend-length",
+        value_name = "TOKENS",
+        help_heading = "Scheduling"
+    )]
+    pub max_prefill_length: Option<usize>,
+
+    /// Plan a step only when the last one has ended, to see what overlapping them gains
+    #[arg(long, help_heading = "Scheduling")]
+    pub disable_overlap: bool,
+
+    /// How prefixes are kept for later requests
+    #[arg(long, value_enum, default_value_t, help_heading = "KV cache")]
+    pub cache_type: CacheType,
+
+    /// Tokens in a page of the KV cache, 1 to 256 [default: by device]
+    #[arg(long, value_name = "TOKENS", help_heading = "KV cache")]
+    pub page_size: Option<usize>,
+
+    /// Pages in the KV cache [default: by --memory-ratio]
+    #[arg(long, value_name = "PAGES", help_heading = "KV cache")]
+    pub num_pages: Option<usize>,
+
+    /// Share of the device's memory for model and KV cache together [default: 0.9 on a GPU; on
+    /// the CPU a quarter of what is free for the KV cache]
+    #[arg(long, value_name = "SHARE", help_heading = "KV cache")]
+    pub memory_ratio: Option<f64>,
+}
+
+impl RuntimeOptions {
+    /// The model as it is named here.
+    pub fn locator(&self) -> ModelLocator {
+        ModelLocator {
+            model: self.model.clone(),
+            revision: self.revision.clone(),
+            source: self.model_source,
+            without_weights: self.dummy_weight,
+        }
+    }
+}
+
+/// How weights and activations are computed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Dtype {
+    /// What is fastest near the file's own precision.
+    #[default]
+    Auto,
+    /// Taken as `auto`: this engine keeps 16-bit activations in bfloat16.
+    Float16,
+    /// Taken as `auto`.
+    Bfloat16,
+    /// Weights dequantized to f32, everything computed in f32.
+    Float32,
+}
+
+/// How prefixes are kept for later requests.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum CacheType {
+    /// In a radix tree; the least recently used go when pages are needed.
+    #[default]
+    Radix,
+    /// Not at all.
+    Naive,
+}
+
+/// Where the model runs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Device {
+    /// The first NVIDIA GPU if there is one, else the CPU.
+    #[default]
+    Auto,
+    /// The CPU.
+    Cpu,
+    /// An NVIDIA GPU; further ranks take the ones behind it.
+    Cuda(usize),
+}
+
+impl FromStr for Device {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "auto" => Ok(Device::Auto),
+            "cpu" => Ok(Device::Cpu),
+            "cuda" => Ok(Device::Cuda(0)),
+            _ => text
+                .strip_prefix("cuda:")
+                .and_then(|index| index.parse().ok())
+                .map(Device::Cuda)
+                .ok_or_else(|| "expected cpu, cuda, cuda:N or auto".to_string()),
+        }
+    }
+}
+
+impl fmt::Display for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Device::Auto => f.write_str("auto"),
+            Device::Cpu => f.write_str("cpu"),
+            Device::Cuda(index) => write!(f, "cuda:{index}"),
+        }
+    }
+}
