@@ -177,7 +177,7 @@ impl Inputs {
         let pad = bucket.unwrap_or(0);
         let rows = &plan.rows;
         let mut packer = Packer(host);
-        let ids = packer.push_padded(rows.iter().flat_map(|row| input_ids(row)), pad, 0);
+        let ids = packer.push_padded(rows.iter().flat_map(input_ids), pad, 0);
         let each = |row: &minisgl_scheduler::plan::PlanRow| row.cached_len..row.device_len();
         let positions = rows.iter().flat_map(each).map(|position| position as i32);
         let positions = packer.push_padded(positions, pad, 0);

@@ -27,7 +27,14 @@ pub struct Score {
 pub struct LogprobDownloads {
     logprob: Box<dyn Download>,
     rank: Box<dyn Download>,
-    top: Option<(Box<dyn Download>, Box<dyn Download>, usize)>,
+    top: Option<TopDownloads>,
+}
+
+/// The most likely ids and their log-probabilities, `count` a row.
+struct TopDownloads {
+    ids: Box<dyn Download>,
+    logprobs: Box<dyn Download>,
+    count: usize,
 }
 
 /// Edits logits by the plan's adjustments, for which it waits, then samples.
@@ -92,7 +99,11 @@ pub fn logprobs(
         rank: backend.download(args.rank)?,
         top: match top {
             0 => None,
-            _ => Some((backend.download(args.top_ids)?, backend.download(args.top_logprobs)?, top)),
+            count => Some(TopDownloads {
+                ids: backend.download(args.top_ids)?,
+                logprobs: backend.download(args.top_logprobs)?,
+                count,
+            }),
         },
     })
 }
@@ -142,7 +153,7 @@ impl LogprobDownloads {
         let logprob = floats(&self.logprob.wait()?);
         let rank = integers(&self.rank.wait()?);
         let (ids, values, top) = match self.top {
-            Some((ids, values, top)) => (integers(&ids.wait()?), floats(&values.wait()?), top),
+            Some(top) => (integers(&top.ids.wait()?), floats(&top.logprobs.wait()?), top.count),
             None => (Vec::new(), Vec::new(), 0),
         };
         let tops = |row: usize| {

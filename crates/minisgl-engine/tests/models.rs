@@ -1,0 +1,198 @@
+//! Every architecture against logits and tokens of the Hugging Face implementation, stored by
+//! `scripts/make_tiny_checkpoints.py`; whole, in chunks, over pages of other sizes, over ranks.
+
+mod reference;
+mod tiny;
+
+use std::sync::Arc;
+
+use minisgl_engine::{Checkpoint, EngineOptions, KvSize, LocalEngine};
+use minisgl_scheduler::engine::Engine;
+use minisgl_scheduler::plan::*;
+use minisgl_scheduler::sampling::SamplingParams;
+use minisgl_tensor::{Alone, Backend, Precision};
+use tiny::Tiny;
+
+const ALL: [&str; 9] = [
+    "llama",
+    "llama-yarn",
+    "llama-linear",
+    "mistral",
+    "mistral3",
+    "qwen2",
+    "qwen3",
+    "qwen3-moe",
+    "gemma3",
+];
+
+fn options(page_size: usize) -> EngineOptions {
+    EngineOptions {
+        precision: Precision::Exact,
+        page_size,
+        kv_size: KvSize::Pages(160 / page_size),
+        running_requests_max: 4,
+        seq_len_max: Some(64),
+        step_tokens_max: 64,
+        graph_batch_max: 0,
+        dummy_weights: false,
+    }
+}
+
+fn engine(tiny: &Tiny, page_size: usize, ranks: usize) -> LocalEngine {
+    let checkpoint = Arc::new(Checkpoint::open(tiny.folder()).unwrap());
+    let ranks = match ranks {
+        1 => vec![(
+            Arc::new(reference::Reference::default()) as Arc<dyn Backend>,
+            Arc::new(Alone) as _,
+        )],
+        n => reference::group(n).into_iter().map(|(b, c)| (b as Arc<dyn Backend>, c)).collect(),
+    };
+    LocalEngine::new(checkpoint, &options(page_size), ranks).unwrap()
+}
+
+/// The request's pages are handed out backwards, so that none is where its number suggests.
+struct Driver {
+    engine: LocalEngine,
+    step: u64,
+}
+
+impl Driver {
+    fn pages(&self, slot: u32, from: usize, to: usize) -> Vec<PageUpdate> {
+        let limits = self.engine.limits();
+        let each = limits.seq_len_max.div_ceil(limits.page_size);
+        (from.div_ceil(limits.page_size)..to.div_ceil(limits.page_size))
+            .map(|index| PageUpdate {
+                slot: Slot(slot),
+                index: index as u32,
+                page: PageId((each * (slot as usize + 1) - 1 - index) as u32),
+            })
+            .collect()
+    }
+
+    fn run(&mut self, rows: Vec<PlanRow>) -> StepResult {
+        let page_updates = rows
+            .iter()
+            .flat_map(|r| self.pages(r.slot.0, r.cached_len as usize, r.device_len() as usize))
+            .collect();
+        let plan = StepPlan { step: self.step, rows, page_updates, adjustments: None };
+        self.step += 1;
+        let in_flight = self.engine.launch(Arc::new(plan)).unwrap();
+        self.engine.wait(in_flight).unwrap()
+    }
+}
+
+fn greedy() -> Arc<SamplingParams> {
+    Arc::new(SamplingParams { temperature: 0.0, ..SamplingParams::default() })
+}
+
+/// Log-softmax of every position, teacher-forced in chunks of `chunk`.
+fn teacher_forced(tiny: &Tiny, driver: &mut Driver, chunk: usize) -> Vec<Vec<f32>> {
+    let ids: Vec<u32> = tiny.prompt.iter().chain(&tiny.tokens).copied().collect();
+    let mut all = Vec::new();
+    for (lot, part) in ids.chunks(chunk).enumerate() {
+        let result = driver.run(vec![PlanRow {
+            slot: Slot(0),
+            cached_len: (lot * chunk) as u32,
+            extend_len: part.len() as u32,
+            input: RowInput::Tokens(part.to_vec()),
+            output: RowOutput::Score {
+                targets: vec![Some(0); part.len()],
+                top: tiny.vocab as u32,
+                sample: None,
+            },
+        }]);
+        for scored in &result.scores[0] {
+            let mut row = vec![f32::NAN; tiny.vocab];
+            for (id, logprob) in &scored.as_ref().unwrap().top {
+                row[*id as usize] = *logprob;
+            }
+            all.push(row);
+        }
+    }
+    all
+}
+
+/// The largest difference over the largest magnitude.
+fn distance(a: &[Vec<f32>], b: &[Vec<f32>]) -> f32 {
+    assert_eq!(a.len(), b.len());
+    let pairs = || a.iter().flatten().zip(b.iter().flatten());
+    assert!(pairs().all(|(a, b)| a.is_finite() && b.is_finite()));
+    let largest = pairs().map(|(_, b)| b.abs()).fold(0.0, f32::max);
+    pairs().map(|(a, b)| (a - b).abs()).fold(0.0, f32::max) / largest
+}
+
+/// 32 tokens, beside a second request that starts in a later step and shares the decode steps.
+fn generate(tiny: &Tiny, driver: &mut Driver, chunk: usize) -> Vec<u32> {
+    let prefill = |slot: u32, at: usize, part: &[u32], last: bool| PlanRow {
+        slot: Slot(slot),
+        cached_len: at as u32,
+        extend_len: part.len() as u32,
+        input: RowInput::Tokens(part.to_vec()),
+        output: if last { RowOutput::Sample(greedy()) } else { RowOutput::None },
+    };
+    let mut tokens = Vec::new();
+    let lots = tiny.prompt.len().div_ceil(chunk);
+    for (lot, part) in tiny.prompt.chunks(chunk).enumerate() {
+        let result = driver.run(vec![prefill(1, lot * chunk, part, lot + 1 == lots)]);
+        tokens.extend(result.tokens[0]);
+    }
+    let mut other = 0;
+    while tokens.len() < 32 {
+        let decode = |slot: u32, len: usize| PlanRow {
+            slot: Slot(slot),
+            cached_len: len as u32,
+            extend_len: 1,
+            input: RowInput::Sampled,
+            output: RowOutput::Sample(greedy()),
+        };
+        let mut rows = vec![decode(1, tiny.prompt.len() + tokens.len() - 1)];
+        if tokens.len() > 4 {
+            rows.push(match other {
+                0 => prefill(0, 0, &tiny.prompt[..7], true),
+                n => decode(0, 6 + n),
+            });
+            other += 1;
+        }
+        tokens.extend(driver.run(rows).tokens[0]);
+    }
+    tokens
+}
+
+#[test]
+fn logits_agree_with_the_stored_reference() {
+    for name in ALL {
+        let tiny = Tiny::load(name);
+        for (page_size, chunk) in [(1, 64), (16, 64), (16, 5)] {
+            let mut driver = Driver { engine: engine(&tiny, page_size, 1), step: 0 };
+            let distance = distance(&teacher_forced(&tiny, &mut driver, chunk), &tiny.logprobs);
+            assert!(distance < 1e-4, "{name}, page {page_size}, chunk {chunk}: {distance}");
+        }
+    }
+}
+
+#[test]
+fn greedy_tokens_are_the_stored_ones() {
+    for name in ALL {
+        let tiny = Tiny::load(name);
+        for (page_size, chunk) in [(1, 64), (16, 6)] {
+            let mut driver = Driver { engine: engine(&tiny, page_size, 1), step: 0 };
+            let tokens = generate(&tiny, &mut driver, chunk);
+            assert_eq!(tokens, tiny.tokens, "{name}, page {page_size}, chunk {chunk}");
+        }
+    }
+}
+
+#[test]
+fn ranks_compute_what_one_computes() {
+    for name in ALL {
+        let tiny = Tiny::load(name);
+        let mut alone = Driver { engine: engine(&tiny, 16, 1), step: 0 };
+        let expected = teacher_forced(&tiny, &mut alone, 64);
+        for ranks in [2, 4] {
+            let mut driver = Driver { engine: engine(&tiny, 16, ranks), step: 0 };
+            let distance = distance(&teacher_forced(&tiny, &mut driver, 64), &expected);
+            assert!(distance < 1e-5, "{name} over {ranks} ranks: {distance}");
+            assert_eq!(generate(&tiny, &mut driver, 6), tiny.tokens, "{name}, {ranks} ranks");
+        }
+    }
+}

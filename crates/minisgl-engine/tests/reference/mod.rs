@@ -1,0 +1,540 @@
+//! A backend of plain loops in f64, for tests: slow, safe, and too simple to be wrong in the same
+//! way as a real one. Memory is a map from invented addresses to vectors.
+
+use std::any::Any;
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Barrier, Mutex};
+
+use minisgl_tensor::*;
+
+#[derive(Default)]
+pub struct Reference {
+    memory: Arc<Mutex<BTreeMap<u64, Vec<u8>>>>,
+    next: AtomicU64,
+    /// Fails the forward pass from this call of `embed` on, if not 0.
+    pub fail_at: AtomicUsize,
+    pub panic_at: AtomicUsize,
+    embeds: AtomicUsize,
+    /// Graphs are played back by calling the recorded operations again.
+    pub kv_free: usize,
+}
+
+struct Piece {
+    address: u64,
+    bytes: usize,
+}
+
+impl Memory for Piece {
+    fn address(&self) -> u64 {
+        self.address
+    }
+
+    fn bytes(&self) -> usize {
+        self.bytes
+    }
+}
+
+struct Done(Vec<u8>);
+
+impl Download for Done {
+    fn wait(self: Box<Self>) -> Result<Vec<u8>> {
+        Ok(self.0)
+    }
+}
+
+type Matrix = Vec<f32>;
+
+impl Reference {
+    fn bytes(&self, t: &Tensor) -> Vec<u8> {
+        let memory = self.memory.lock().unwrap();
+        let (start, data) = memory.range(..=t.address()).next_back().expect("mapped");
+        let at = (t.address() - start) as usize;
+        data[at..at + t.bytes()].to_vec()
+    }
+
+    fn put(&self, t: &Tensor, bytes: &[u8]) {
+        assert!(bytes.len() <= t.bytes());
+        let mut memory = self.memory.lock().unwrap();
+        let (start, data) = memory.range_mut(..=t.address()).next_back().expect("mapped");
+        let at = (t.address() - start) as usize;
+        data[at..at + bytes.len()].copy_from_slice(bytes);
+    }
+
+    fn f(&self, t: &Tensor) -> Vec<f32> {
+        assert_eq!(t.dtype(), DType::F32);
+        bytemuck::allocation::pod_collect_to_vec(&self.bytes(t))
+    }
+
+    fn i(&self, t: &Tensor) -> Vec<i32> {
+        assert_eq!(t.dtype(), DType::I32);
+        bytemuck::allocation::pod_collect_to_vec(&self.bytes(t))
+    }
+
+    fn put_f(&self, t: &Tensor, values: &[f32]) {
+        assert_eq!(t.elements(), values.len());
+        self.put(t, bytemuck::cast_slice(values));
+    }
+
+    fn put_i(&self, t: &Tensor, values: &[i32]) {
+        assert_eq!(t.elements(), values.len());
+        self.put(t, bytemuck::cast_slice(values));
+    }
+}
+
+fn dequantize(t: &HostTensor<'_>) -> Vec<f32> {
+    match t.dtype {
+        DType::F32 => bytemuck::allocation::pod_collect_to_vec(&t.data),
+        DType::BF16 => {
+            t.data.chunks(2).map(|b| half::bf16::from_le_bytes([b[0], b[1]]).to_f32()).collect()
+        }
+        DType::F16 => {
+            t.data.chunks(2).map(|b| half::f16::from_le_bytes([b[0], b[1]]).to_f32()).collect()
+        }
+        // d, then 32 signed bytes (ggml's block_q8_0).
+        DType::Q8_0 => t
+            .data
+            .chunks(34)
+            .flat_map(|b| {
+                let d = half::f16::from_le_bytes([b[0], b[1]]).to_f32();
+                b[2..].iter().map(move |q| d * f32::from(*q as i8)).collect::<Vec<_>>()
+            })
+            .collect(),
+        // d and m, then low and high nibbles (ggml's block_q4_1).
+        DType::Q4_1 => t
+            .data
+            .chunks(20)
+            .flat_map(|b| {
+                let d = half::f16::from_le_bytes([b[0], b[1]]).to_f32();
+                let m = half::f16::from_le_bytes([b[2], b[3]]).to_f32();
+                let low = b[4..].iter().map(move |q| d * f32::from(q & 15) + m);
+                low.chain(b[4..].iter().map(move |q| d * f32::from(q >> 4) + m)).collect::<Vec<_>>()
+            })
+            .collect(),
+        DType::F8E4M3 => {
+            let scale = t.scale.as_ref().expect("scaled");
+            let (cols, [br, bc]) = (t.shape[1], scale.block);
+            let across = cols.div_ceil(bc);
+            t.data
+                .iter()
+                .enumerate()
+                .map(|(i, b)| f8(*b) * scale.values[i / cols / br * across + i % cols / bc])
+                .collect()
+        }
+        other => panic!("the reference knows no {other}"),
+    }
+}
+
+fn f8(b: u8) -> f32 {
+    let (e, m) = (i32::from(b >> 3 & 15), f32::from(b & 7));
+    let v = if e == 0 { m / 8.0 * 2f32.powi(-6) } else { (1.0 + m / 8.0) * 2f32.powi(e - 7) };
+    if b & 128 != 0 { -v } else { v }
+}
+
+fn normed(x: &[f32], norm: &Norm) -> Vec<f32> {
+    let w = norm.weight.get::<Matrix>();
+    let n = w.len();
+    x.chunks(n)
+        .flat_map(|row| {
+            let mean = row.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>() / n as f64;
+            let r = (mean + f64::from(norm.eps)).sqrt().recip();
+            let plus = if norm.plus_one { 1.0 } else { 0.0 };
+            row.iter().zip(w).map(move |(v, w)| (f64::from(*v) * r * (f64::from(*w) + plus)) as f32)
+        })
+        .collect()
+}
+
+/// `[rows, in] × [out, in]ᵀ`.
+fn matmul(x: &[f32], w: &[f32], inner: usize) -> Vec<f32> {
+    let dot = |a: &[f32], b: &[f32]| {
+        a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>() as f32
+    };
+    x.chunks(inner).flat_map(|row| w.chunks(inner).map(move |w| dot(row, w))).collect()
+}
+
+fn act(a: Activation, x: f32) -> f32 {
+    let x = f64::from(x);
+    let y = match a {
+        Activation::Silu => x / (1.0 + (-x).exp()),
+        Activation::GeluTanh => {
+            let c = (2.0 / std::f64::consts::PI).sqrt();
+            0.5 * x * (1.0 + (c * (x + 0.044_715 * x * x * x)).tanh())
+        }
+    };
+    y as f32
+}
+
+fn gated(x: &[f32], a: Activation) -> Vec<f32> {
+    let n = x.len() / 2;
+    (0..n).map(|i| act(a, x[i]) * x[n + i]).collect()
+}
+
+impl Backend for Reference {
+    fn name(&self) -> String {
+        "reference".into()
+    }
+
+    fn memory(&self) -> Result<MemoryInfo> {
+        let free = if self.kv_free == 0 { 1 << 30 } else { self.kv_free };
+        Ok(MemoryInfo { total: 1 << 30, free })
+    }
+
+    fn activation_dtype(&self) -> DType {
+        DType::F32
+    }
+
+    fn kv_dtype(&self) -> DType {
+        DType::F32
+    }
+
+    fn alloc(&self, dtype: DType, shape: &[usize]) -> Result<Tensor> {
+        let bytes = dtype.bytes_of(shape.iter().product()).unwrap().max(1);
+        let step = (bytes as u64).next_multiple_of(64) + 64;
+        let address = 4096 + self.next.fetch_add(step, Ordering::SeqCst);
+        // Poisoned rather than zeroed would be stricter, but the contract says zeroed.
+        self.memory.lock().unwrap().insert(address, vec![0; bytes]);
+        Ok(Tensor::new(Arc::new(Piece { address, bytes }), dtype, shape))
+    }
+
+    fn upload(&self, src: &[u8], dst: &Tensor) -> Result<()> {
+        self.put(dst, src);
+        Ok(())
+    }
+
+    fn scatter(&self, indices: &Tensor, values: &Tensor, out: &Tensor) -> Result<()> {
+        let mut flat = self.i(out);
+        for (i, v) in self.i(indices).into_iter().zip(self.i(values)) {
+            if i >= 0 {
+                flat[i as usize] = v;
+            }
+        }
+        self.put_i(out, &flat);
+        Ok(())
+    }
+
+    fn download(&self, src: &Tensor) -> Result<Box<dyn Download>> {
+        Ok(Box::new(Done(self.bytes(src))))
+    }
+
+    fn synchronize(&self) -> Result<()> {
+        Ok(())
+    }
+
+    fn capture(&self, _: &mut dyn FnMut() -> Result<()>) -> Result<Option<Box<dyn Graph>>> {
+        Ok(None)
+    }
+
+    fn matrix(&self, parts: &[HostTensor<'_>], _: Precision) -> Result<Weight> {
+        let rows = parts.iter().map(|p| p.shape[0]).sum();
+        let values: Matrix = parts.iter().flat_map(dequantize).collect();
+        Ok(Weight::new(&[rows, parts[0].shape[1]], values))
+    }
+
+    fn expert_matrices(&self, experts: &[Vec<HostTensor<'_>>], _: Precision) -> Result<Weight> {
+        let rows = experts[0].iter().map(|p| p.shape[0]).sum();
+        let values: Matrix = experts.iter().flatten().flat_map(dequantize).collect();
+        Ok(Weight::new(&[experts.len(), rows, experts[0][0].shape[1]], values))
+    }
+
+    fn vector(&self, parts: &[HostTensor<'_>]) -> Result<Weight> {
+        let values: Matrix = parts.iter().flat_map(dequantize).collect();
+        Ok(Weight::new(&[values.len()], values))
+    }
+
+    fn embed(&self, a: &Embed<'_>, out: &Tensor) -> Result<()> {
+        let call = 1 + self.embeds.fetch_add(1, Ordering::SeqCst);
+        if call == self.fail_at.load(Ordering::SeqCst) {
+            return Err(BackendError::Device("the test pulled the plug".into()));
+        }
+        assert_ne!(call, self.panic_at.load(Ordering::SeqCst), "the test made this panic");
+        let (table, width) = (a.table.get::<Matrix>(), a.table.cols());
+        let newest = self.i(a.token_table);
+        let mut rows = Vec::new();
+        for id in self.i(a.input_ids) {
+            let id = if id >= 0 { id } else { newest[(-1 - id) as usize] } as usize;
+            match id.checked_sub(a.first_id).filter(|i| *i < a.table.rows()) {
+                Some(i) => rows.extend(table[i * width..][..width].iter().map(|v| v * a.scale)),
+                None => rows.extend(vec![0.0; width]),
+            }
+        }
+        self.put_f(out, &rows);
+        Ok(())
+    }
+
+    fn rms_norm(&self, x: &Tensor, norm: &Norm, out: &Tensor) -> Result<()> {
+        self.put_f(out, &normed(&self.f(x), norm));
+        Ok(())
+    }
+
+    fn linear(&self, a: &Linear<'_>, out: &Tensor) -> Result<()> {
+        let x = self.f(a.x);
+        let x = a.norm.map_or_else(|| x.clone(), |norm| normed(&x, norm));
+        let mut y = matmul(&x, a.weight.get::<Matrix>(), a.weight.cols());
+        if let Some(bias) = a.bias {
+            let bias = bias.get::<Matrix>();
+            y.iter_mut().enumerate().for_each(|(i, y)| *y += bias[i % bias.len()]);
+        }
+        if a.store == Store::Add {
+            y.iter_mut().zip(self.f(out)).for_each(|(y, o)| *y += o);
+        }
+        self.put_f(out, &y);
+        Ok(())
+    }
+
+    fn gated_linear(&self, a: &Linear<'_>, activation: Activation, out: &Tensor) -> Result<()> {
+        let x = normed(&self.f(a.x), a.norm.expect("normed here"));
+        let y = matmul(&x, a.weight.get::<Matrix>(), a.weight.cols());
+        let y: Vec<f32> = y.chunks(a.weight.rows()).flat_map(|y| gated(y, activation)).collect();
+        self.put_f(out, &y);
+        Ok(())
+    }
+
+    fn add(&self, x: &Tensor, delta: &Tensor) -> Result<()> {
+        let sum: Vec<f32> = self.f(x).iter().zip(self.f(delta)).map(|(a, b)| a + b).collect();
+        self.put_f(x, &sum);
+        Ok(())
+    }
+
+    fn rope_store(&self, a: &RopeStore<'_>, qkv: &Tensor) -> Result<()> {
+        let (h, d) = (a.heads, a.heads.dim);
+        let (mut x, rope) = (self.f(qkv), self.f(a.rope));
+        let (mut k_pool, mut v_pool) = (self.f(&a.kv.k), self.f(&a.kv.v));
+        let (positions, store) = (self.i(&a.batch.positions), self.i(&a.batch.store_at));
+        let size = a.batch.page_size;
+        for (t, token) in x.chunks_mut(h.qkv_width()).enumerate() {
+            let table = &rope[positions[t] as usize * d..][..d];
+            for (head, v) in token[..(h.q + h.kv) * d].chunks_mut(d).enumerate() {
+                if let Some(norm) = if head < h.q { a.q_norm } else { a.k_norm } {
+                    v.copy_from_slice(&normed(v, norm));
+                }
+                for i in 0..d / 2 {
+                    let (c, s, x, y) = (table[i], table[d / 2 + i], v[i], v[d / 2 + i]);
+                    (v[i], v[d / 2 + i]) = (x * c - y * s, y * c + x * s);
+                }
+            }
+            if store[t] < 0 {
+                continue;
+            }
+            let (page, slot) = (store[t] as usize / size, store[t] as usize % size);
+            for head in 0..h.kv {
+                let to = ((page * h.kv + head) * size + slot) * d;
+                k_pool[to..to + d].copy_from_slice(&token[(h.q + head) * d..][..d]);
+                v_pool[to..to + d].copy_from_slice(&token[(h.q + h.kv + head) * d..][..d]);
+            }
+        }
+        self.put_f(qkv, &x);
+        self.put_f(&a.kv.k, &k_pool);
+        self.put_f(&a.kv.v, &v_pool);
+        Ok(())
+    }
+
+    fn attention(&self, a: &Attention<'_>, qkv: &Tensor, out: &Tensor) -> Result<()> {
+        let (h, d, b) = (a.heads, a.heads.dim, a.batch);
+        let (x, k, v) = (self.f(qkv), self.f(&a.kv.k), self.f(&a.kv.v));
+        let (starts, lens) = (self.i(&b.query_start), self.i(&b.kv_len));
+        let (slots, table) = (self.i(&b.slots), self.i(&b.page_table));
+        let mut y = self.f(out);
+        for row in 0..b.rows {
+            let tokens = starts[row] as usize..starts[row + 1] as usize;
+            let base = (lens[row] as usize).saturating_sub(tokens.len());
+            for t in tokens.clone().filter(|_| lens[row] > 0) {
+                let last = base + t - tokens.start;
+                let first = a.window.map_or(0, |w| (last + 1).saturating_sub(w));
+                for head in 0..h.q {
+                    let q = &x[t * h.qkv_width() + head * d..][..d];
+                    let at = |pos: usize| {
+                        let page =
+                            table[slots[row] as usize * b.page_table.dim(1) + pos / b.page_size];
+                        let head = head / (h.q / h.kv);
+                        ((page as usize * h.kv + head) * b.page_size + pos % b.page_size) * d
+                    };
+                    let scores: Vec<f64> = (first..=last)
+                        .map(|pos| {
+                            let k = &k[at(pos)..][..d];
+                            let dot: f64 =
+                                q.iter().zip(k).map(|(q, k)| f64::from(*q) * f64::from(*k)).sum();
+                            dot * f64::from(a.scale)
+                        })
+                        .collect();
+                    let max = scores.iter().copied().fold(f64::MIN, f64::max);
+                    let sum: f64 = scores.iter().map(|s| (s - max).exp()).sum();
+                    for i in 0..d {
+                        let value: f64 = (first..=last)
+                            .zip(&scores)
+                            .map(|(pos, s)| (s - max).exp() / sum * f64::from(v[at(pos) + i]))
+                            .sum();
+                        y[(t * h.q + head) * d + i] = value as f32;
+                    }
+                }
+            }
+        }
+        self.put_f(out, &y);
+        Ok(())
+    }
+
+    fn moe(&self, a: &Moe<'_>, out: &Tensor) -> Result<()> {
+        let hidden = a.router.cols();
+        let x = normed(&self.f(a.x), a.norm);
+        let (gate_up, down) = (a.gate_up.get::<Matrix>(), a.down.get::<Matrix>());
+        let (gu, dn) = (a.gate_up.rows() * hidden, a.down.rows() * a.down.cols());
+        let mut y = Vec::new();
+        for x in x.chunks(hidden) {
+            let logits = matmul(x, a.router.get::<Matrix>(), hidden);
+            let sum: f64 = logits.iter().map(|l| f64::from(*l).exp()).sum();
+            let mut p: Vec<(usize, f64)> =
+                logits.iter().map(|l| f64::from(*l).exp() / sum).enumerate().collect();
+            p.sort_by(|a, b| b.1.total_cmp(&a.1));
+            p.truncate(a.top_k);
+            let total: f64 = if a.renormalize { p.iter().map(|p| p.1).sum() } else { 1.0 };
+            let mut row = vec![0.0; hidden];
+            for (e, weight) in p {
+                let inner = gated(&matmul(x, &gate_up[e * gu..][..gu], hidden), Activation::Silu);
+                let part = matmul(&inner, &down[e * dn..][..dn], inner.len());
+                row.iter_mut().zip(part).for_each(|(r, v)| *r += (weight / total) as f32 * v);
+            }
+            y.extend(row);
+        }
+        assert_eq!(a.store, Store::Set);
+        self.put_f(out, &y);
+        Ok(())
+    }
+
+    fn gather(&self, x: &Tensor, indices: &Tensor, out: &Tensor) -> Result<()> {
+        let (values, width) = (self.f(x), x.row_len());
+        let rows: Vec<f32> = self
+            .i(indices)
+            .iter()
+            .flat_map(|i| values[*i as usize * width..][..width].to_vec())
+            .collect();
+        self.put_f(out, &rows);
+        Ok(())
+    }
+
+    fn soft_cap(&self, logits: &Tensor, cap: f32) -> Result<()> {
+        let capped: Vec<f32> = self.f(logits).iter().map(|l| cap * (l / cap).tanh()).collect();
+        self.put_f(logits, &capped);
+        Ok(())
+    }
+
+    fn adjust(&self, a: &Adjust<'_>, logits: &Tensor) -> Result<()> {
+        let (mut l, width) = (self.f(logits), logits.row_len());
+        for (row, token, scale, bias) in a.edits {
+            let l = &mut l[*row as usize * width + *token as usize];
+            *l = if *l > 0.0 { *l / scale } else { *l * scale } + bias;
+        }
+        for (row, mask) in a.masks {
+            for (i, l) in l[*row as usize * width..][..width].iter_mut().enumerate() {
+                if mask.get(i / 32).is_none_or(|word| word >> (i % 32) & 1 == 0) {
+                    *l = f32::NEG_INFINITY;
+                }
+            }
+        }
+        self.put_f(logits, &l);
+        Ok(())
+    }
+
+    /// Greedy only.
+    fn sample(&self, a: &Sample<'_>, logits: &Tensor) -> Result<()> {
+        assert!(a.all_greedy && self.f(a.temperature).iter().all(|t| *t == 0.0));
+        let (l, mut newest) = (self.f(logits), self.i(a.token_table));
+        let mut tokens = Vec::new();
+        for (row, slot) in l.chunks(logits.row_len()).zip(self.i(a.slots)) {
+            let best = (0..row.len()).rev().max_by(|a, b| row[*a].total_cmp(&row[*b])).unwrap();
+            tokens.push(best as i32);
+            newest[slot as usize] = best as i32;
+        }
+        self.put_i(a.tokens, &tokens);
+        self.put_i(a.token_table, &newest);
+        Ok(())
+    }
+
+    fn logprobs(&self, a: &Logprobs<'_>, logits: &Tensor) -> Result<()> {
+        let (l, top) = (self.f(logits), a.top_ids.dim(1));
+        let (mut lp, mut ranks, mut ids, mut tops) = (vec![], vec![], vec![], vec![]);
+        for (row, target) in l.chunks(logits.row_len()).zip(self.i(a.targets)) {
+            let max = row.iter().copied().fold(f32::MIN, f32::max);
+            let sum: f64 = row.iter().map(|l| f64::from(l - max).exp()).sum();
+            let of = |i: usize| (f64::from(row[i] - max) - sum.ln()) as f32;
+            let mut order: Vec<usize> = (0..row.len()).collect();
+            order.sort_by(|a, b| row[*b].total_cmp(&row[*a]));
+            lp.push(of(target as usize));
+            ranks.push(order.iter().position(|i| *i == target as usize).unwrap() as i32);
+            ids.extend(order[..top].iter().map(|i| *i as i32));
+            tops.extend(order[..top].iter().map(|i| of(*i)));
+        }
+        self.put_f(a.logprob, &lp);
+        self.put_i(a.rank, &ranks);
+        if top > 0 {
+            self.put_i(a.top_ids, &ids);
+            self.put_f(a.top_logprobs, &tops);
+        }
+        Ok(())
+    }
+
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+}
+
+/// A group of ranks that meet at a barrier and sum in rank order.
+pub struct Group {
+    rank: usize,
+    backend: Arc<Reference>,
+    shared: Arc<Meeting>,
+}
+
+struct Meeting {
+    barrier: Barrier,
+    parts: Vec<Mutex<Vec<f32>>>,
+}
+
+pub fn group(size: usize) -> Vec<(Arc<Reference>, Arc<dyn Collective>)> {
+    let parts = (0..size).map(|_| Mutex::default()).collect();
+    let shared = Arc::new(Meeting { barrier: Barrier::new(size), parts });
+    (0..size)
+        .map(|rank| {
+            let backend = Arc::new(Reference::default());
+            let shared = Arc::clone(&shared);
+            let group = Group { rank, backend: Arc::clone(&backend), shared };
+            (backend, Arc::new(group) as Arc<dyn Collective>)
+        })
+        .collect()
+}
+
+impl Group {
+    fn exchange(&self, mine: Vec<f32>) -> Vec<Vec<f32>> {
+        *self.shared.parts[self.rank].lock().unwrap() = mine;
+        self.shared.barrier.wait();
+        let all = self.shared.parts.iter().map(|part| part.lock().unwrap().clone()).collect();
+        self.shared.barrier.wait();
+        all
+    }
+}
+
+impl Collective for Group {
+    fn rank(&self) -> usize {
+        self.rank
+    }
+
+    fn size(&self) -> usize {
+        self.shared.parts.len()
+    }
+
+    fn all_reduce(&self, tensor: &Tensor) -> Result<()> {
+        let all = self.exchange(self.backend.f(tensor));
+        let sum: Vec<f32> =
+            (0..tensor.elements()).map(|i| all.iter().map(|part| part[i]).sum()).collect();
+        self.backend.put_f(tensor, &sum);
+        Ok(())
+    }
+
+    fn all_gather_cols(&self, part: &Tensor, out: &Tensor) -> Result<()> {
+        let (rows, n) = (part.dim(0), part.dim(1));
+        let all = self.exchange(self.backend.f(part));
+        let whole: Vec<f32> = (0..rows)
+            .flat_map(|row| all.iter().flat_map(move |part| part[row * n..][..n].to_vec()))
+            .collect();
+        self.backend.put_f(out, &whole);
+        Ok(())
+    }
+}
