@@ -1,0 +1,35 @@
+# Recipes for people; .ci/run is what decides.
+
+# List the recipes.
+default:
+    @just --list
+
+# Everything that must pass before a change is taken.
+ci:
+    .ci/run
+
+# The tests.
+test:
+    cargo test --release
+
+# Format, and show what clippy finds.
+lint:
+    cargo fmt --all
+    cargo clippy --workspace --all-targets --release -- -D warnings
+
+# The binary as it is shipped and measured.
+dist:
+    cargo build --profile dist -p minisgl
+
+# The API's documentation, in a browser.
+doc:
+    cargo doc --workspace --no-deps --open
+
+# Make the stored SmolLM2 reference again; needs a Python with torch, transformers and gguf.
+reference model python="python3":
+    {{python}} scripts/make_smollm2_reference.py {{model}}
+
+# Spelling, and licences and advisories of dependencies; `cargo install typos-cli cargo-deny`.
+audit:
+    typos
+    cargo deny check
