@@ -1,10 +1,12 @@
 //! Mini-SGLang in Rust: an LLM inference and serving engine.
 //!
-//! Reading order: `options` (what a user can say), `source` (where models come from), `llm`
-//! (prompts in, completions out), `batch` (files of them), `bench` (workloads for measuring).
+//! Reading order: `options` (what a user can say), `source` (where models come from), `devices`
+//! (backends, and the engine over them), `llm` (prompts in, completions out), `batch` (files of
+//! them), `bench` (workloads and single steps, for measuring).
 
 pub mod batch;
 pub mod bench;
+pub mod devices;
 pub mod llm;
 pub mod options;
 pub mod source;

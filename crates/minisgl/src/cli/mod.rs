@@ -1,5 +1,6 @@
 //! The command line.
 
+pub mod bench;
 pub mod inspect;
 pub mod models;
 
@@ -23,6 +24,8 @@ pub struct Cli {
 
 #[derive(Subcommand, Debug)]
 enum Command {
+    /// Measure how fast a model runs
+    Bench(bench::BenchArgs),
     /// List the architectures that run, and the models that are in the cache
     Models(models::ModelsArgs),
     /// Show what a model is: configuration, tensors, chat template, memory need
@@ -36,6 +39,7 @@ impl Cli {
     /// Whatever ended the command.
     pub fn run(self) -> Result<()> {
         match self.command {
+            Command::Bench(args) => args.run(),
             Command::Models(args) => args.run(),
             Command::Inspect(args) => args.run(),
         }

@@ -1,0 +1,93 @@
+//! A backend for each rank, and the engine over them.
+
+use std::sync::Arc;
+
+use anyhow::{Result, bail, ensure};
+use minisgl_cuda::{CudaBackend, CudaOptions};
+use minisgl_engine::{Checkpoint, EngineOptions, KvSize, LocalEngine};
+use minisgl_tensor::{Alone, Backend, Collective, Precision};
+
+use crate::options::{Device, Dtype, RuntimeOptions};
+
+/// An engine, and the name of what it runs on.
+pub struct LoadedEngine {
+    /// Ready for its first step.
+    pub engine: LocalEngine,
+    /// As the backend calls itself.
+    pub device: String,
+}
+
+impl LoadedEngine {
+    /// Opens the devices and loads the model.
+    ///
+    /// # Errors
+    /// If a device is not there or too small, or the checkpoint is not what it says.
+    pub fn load(checkpoint: Checkpoint, options: &RuntimeOptions) -> Result<Self> {
+        ensure!(
+            options.dummy_weight || !checkpoint.is_empty(),
+            "{} holds no weights; --dummy-weight runs without them",
+            checkpoint.path().display()
+        );
+        let device = resolve(options.device);
+        let ranks = open_ranks(device, options)?;
+        let engine_options = engine_options(device, options);
+        let device = ranks[0].0.name();
+        let engine = LocalEngine::new(Arc::new(checkpoint), &engine_options, ranks)?;
+        Ok(Self { engine, device })
+    }
+}
+
+type RankDevices = (Arc<dyn Backend>, Arc<dyn Collective>);
+
+fn resolve(device: Device) -> Device {
+    match device {
+        Device::Auto if minisgl_cuda::devices().is_empty() => Device::Cpu,
+        Device::Auto => Device::Cuda(0),
+        device => device,
+    }
+}
+
+fn open_ranks(device: Device, options: &RuntimeOptions) -> Result<Vec<RankDevices>> {
+    ensure!(options.tp > 0, "--tp 0: a model runs on at least one rank");
+    let precision = precision(options.dtype);
+    match device {
+        Device::Cuda(_) if options.tp > 1 => {
+            bail!("--tp {}: there is no collective for several GPUs yet", options.tp)
+        }
+        Device::Cuda(device) => {
+            let backend = CudaBackend::new(CudaOptions { device, precision })?;
+            Ok(vec![(Arc::new(backend), Arc::new(Alone))])
+        }
+        Device::Cpu | Device::Auto => {
+            bail!("the CPU backend is not there yet, and so --device cuda needs an NVIDIA GPU")
+        }
+    }
+}
+
+fn engine_options(device: Device, options: &RuntimeOptions) -> EngineOptions {
+    let defaults = EngineOptions::default();
+    let kv_size = match (options.num_pages, options.memory_ratio) {
+        (Some(pages), _) => KvSize::Pages(pages),
+        (None, Some(share)) => KvSize::FreeShare(share),
+        // A card is there to serve; a computer does other things, too.
+        (None, None) if device == Device::Cpu => KvSize::Modest,
+        (None, None) => KvSize::FreeShare(0.9),
+    };
+    EngineOptions {
+        precision: precision(options.dtype),
+        page_size: options.page_size.unwrap_or(defaults.page_size),
+        kv_size,
+        running_requests_max: options.max_running_requests.unwrap_or(defaults.running_requests_max),
+        seq_len_max: options.max_seq_len_override,
+        step_tokens_max: options.max_prefill_length.unwrap_or(defaults.step_tokens_max),
+        graph_batch_max: options.cuda_graph_max_bs.unwrap_or(defaults.graph_batch_max),
+        dummy_weights: options.dummy_weight,
+    }
+}
+
+fn precision(dtype: Dtype) -> Precision {
+    match dtype {
+        Dtype::Float32 => Precision::Exact,
+        Dtype::Auto | Dtype::Float16 | Dtype::Bfloat16 => Precision::Native,
+    }
+}
