@@ -12,12 +12,13 @@ use minisgl_tensor::*;
 pub struct Reference {
     memory: Arc<Mutex<BTreeMap<u64, Vec<u8>>>>,
     next: AtomicU64,
-    /// Fails the forward pass from this call of `embed` on, if not 0.
+    /// This call of `embed` fails (counted from 1).
     pub fail_at: AtomicUsize,
+    /// This call of `embed` panics.
     pub panic_at: AtomicUsize,
     embeds: AtomicUsize,
-    /// Graphs are played back by calling the recorded operations again.
-    pub kv_free: usize,
+    /// Reported as free memory; 0 for plenty.
+    free: usize,
 }
 
 struct Piece {
@@ -46,6 +47,10 @@ impl Download for Done {
 type Matrix = Vec<f32>;
 
 impl Reference {
+    pub fn with_free_memory(free: usize) -> Self {
+        Self { free, ..Self::default() }
+    }
+
     fn bytes(&self, t: &Tensor) -> Vec<u8> {
         let memory = self.memory.lock().unwrap();
         let (start, data) = memory.range(..=t.address()).next_back().expect("mapped");
@@ -175,7 +180,7 @@ impl Backend for Reference {
     }
 
     fn memory(&self) -> Result<MemoryInfo> {
-        let free = if self.kv_free == 0 { 1 << 30 } else { self.kv_free };
+        let free = if self.free == 0 { 1 << 30 } else { self.free };
         Ok(MemoryInfo { total: 1 << 30, free })
     }
 
@@ -191,7 +196,6 @@ impl Backend for Reference {
         let bytes = dtype.bytes_of(shape.iter().product()).unwrap().max(1);
         let step = (bytes as u64).next_multiple_of(64) + 64;
         let address = 4096 + self.next.fetch_add(step, Ordering::SeqCst);
-        // Poisoned rather than zeroed would be stricter, but the contract says zeroed.
         self.memory.lock().unwrap().insert(address, vec![0; bytes]);
         Ok(Tensor::new(Arc::new(Piece { address, bytes }), dtype, shape))
     }
