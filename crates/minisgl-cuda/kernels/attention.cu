@@ -12,12 +12,20 @@
 #if !EXACT
 #define CHUNKS ((DIM + 31) / 32)
 #define GROUPS ((DIM + 63) / 64)
+// Groups of up to 8 leave the tile's second half empty.
+#ifndef HALVES
+#define HALVES 2
+#endif
+#define MOST_SPLITS 64
+// Warps that leave their sums in shared memory side by side.
+#define SLOTS (HALVES * DIM > 128 ? 1 : 4)
+#define MIN_BLOCKS (DECODE && HALVES == 1 && DIM <= 128 ? 3 : 1)
 
 struct Args {
     const bf16 *qkv; const bf16 *k_pages; const bf16 *v_pages; bf16 *out;
     const int *slots; const int *query_start; const int *kv_len; const int *page_table;
     float *partial; int *arrived;
-    int first_row, pages_a_row, page_size, q_heads, kv_heads, splits, split_min, window;
+    int first_row, pages_a_row, page_size, q_heads, kv_heads, splits, splits_wanted, page_shift, window;
     float scale, soft_cap;
 };
 
@@ -26,7 +34,7 @@ __device__ __forceinline__ float score(const Args &a, float s) {
     return a.soft_cap > 0.f ? a.soft_cap * tanhf(s / a.soft_cap) : s;
 }
 
-extern "C" __global__ void __launch_bounds__(128) attention(const Args a) {
+extern "C" __global__ void __launch_bounds__(128, MIN_BLOCKS) attention(const Args a) {
     wait_for_previous();
     let_next_start();
     int warp = threadIdx.x / 32, lane = threadIdx.x & 31, g = lane / 4, t = lane & 3;
@@ -41,19 +49,20 @@ extern "C" __global__ void __launch_bounds__(128) attention(const Args a) {
     int first = 0, last = kv_len, step = 16, splits = 1;
     if (DECODE) {
         int seen = a.window > 0 && a.window < kv_len ? a.window : kv_len;
-        splits = min(a.splits, max(1, seen / a.split_min));
+        // Enough splits to fill the card, more where one row is long, none of less than 64.
+        splits = min(a.splits, max(1, min(seen / 64, max(a.splits_wanted, seen / 1024))));
         if (blockIdx.y >= splits) return;
-        int from = kv_len - seen, part = ((seen + splits - 1) / splits + 15) / 16 * 16;
+        int from = (kv_len - seen) / 16 * 16, part = ((kv_len - from + splits - 1) / splits + 15) / 16 * 16;
         first = from + blockIdx.y * part + warp * 16, last = min(kv_len, from + (int(blockIdx.y) + 1) * part), step = 64;
     } else {
         last = min(kv_len, cached + (min(pair0 + 15, pairs - 1)) / group + 1);
         if (a.window > 0) first = max(0, cached + pair0 / group - a.window + 1) / 16 * 16;
     }
 
-    u32 q[CHUNKS][2][4];  // [chunk][half of the tile]
-    int at[2];
+    u32 q[CHUNKS][2][4] = {};  // [chunk][half of the tile]
+    int at[2] = {};
 #pragma unroll
-    for (int h = 0; h < 2; h++) {
+    for (int h = 0; h < HALVES; h++) {
         int pair = pair0 + g + 8 * h, token = pair / group;
         at[h] = cached + token;
         const bf16 *from = a.qkv + (long long)(q_start + token) * width + (kv_head * group + pair % group) * DIM;
@@ -66,23 +75,30 @@ extern "C" __global__ void __launch_bounds__(128) attention(const Args a) {
     }
     float o[GROUPS][8][4] = {}, top[2] = {-infinity(), -infinity()}, sum[2] = {};
     const int *table = a.page_table + (long long)a.slots[row] * a.pages_a_row;
-    auto offset = [&](int token) {
+    // A page of 16 or more holds a whole tile: one look-up, made a tile ahead.
+    bool whole = a.page_shift >= 4;
+    int mask = a.page_size - 1;
+    int ahead = whole && first < last ? table[first >> a.page_shift] : 0;
+    auto offset = [&](int page_of_tile, int token) {
         token = min(token, kv_len - 1);
-        int page = table[token / a.page_size];
-        return (((long long)page * a.kv_heads + kv_head) * a.page_size + token % a.page_size) * DIM;
+        int page = whole ? page_of_tile : table[token / a.page_size];
+        int inside = whole ? token & mask : token % a.page_size;
+        return (((long long)page * a.kv_heads + kv_head) * a.page_size + inside) * DIM;
     };
     for (int base = first; base < last; base += step) {
         uint4 k[2][CHUNKS], v[4][GROUPS];
+        int page = ahead;
+        if (whole && base + step < last) ahead = table[(base + step) >> a.page_shift];
 #pragma unroll
         for (int n = 0; n < 2; n++) {
-            const bf16 *from = a.k_pages + offset(base + n * 8 + g);
+            const bf16 *from = a.k_pages + offset(page, base + n * 8 + g);
 #pragma unroll
             for (int c = 0; c < CHUNKS; c++)
                 k[n][c] = c * 32 + t * 8 < DIM ? *(const uint4 *)(from + c * 32 + t * 8) : make_uint4(0, 0, 0, 0);
         }
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            const bf16 *from = a.v_pages + offset(base + 2 * t + (i & 1) + (i >> 1) * 8);
+            const bf16 *from = a.v_pages + offset(page, base + 2 * t + (i & 1) + (i >> 1) * 8);
 #pragma unroll
             for (int d = 0; d < GROUPS; d++)
                 v[i][d] = d * 64 + g * 8 < DIM ? *(const uint4 *)(from + d * 64 + g * 8) : make_uint4(0, 0, 0, 0);
@@ -95,8 +111,9 @@ extern "C" __global__ void __launch_bounds__(128) attention(const Args a) {
                 mma(s[n], q[c][0][0], q[c][1][0], q[c][0][1], q[c][1][1], k[n][c].x, k[n][c].y);
                 mma(s[n], q[c][0][2], q[c][1][2], q[c][0][3], q[c][1][3], k[n][c].z, k[n][c].w);
             }
+        if (HALVES == 1) s[0][2] = s[0][3] = s[1][2] = s[1][3] = 0.f;
 #pragma unroll
-        for (int h = 0; h < 2; h++) {
+        for (int h = 0; h < HALVES; h++) {
             float best = top[h];
 #pragma unroll
             for (int n = 0; n < 2; n++)
@@ -160,32 +177,37 @@ extern "C" __global__ void __launch_bounds__(128) attention(const Args a) {
     }
     // Merge the block's warps, then the splits: [pair][DIM sums, top, sum].
     __shared__ float parts[4][16][2];
-    __shared__ float merged[16][DIM];
+    __shared__ float merged[SLOTS][HALVES * 8][DIM];
     if (t == 0)
         for (int h = 0; h < 2; h++) parts[warp][g + 8 * h][0] = top[h], parts[warp][g + 8 * h][1] = sum[h];
-    for (int i = threadIdx.x; i < 16 * DIM; i += 128) (&merged[0][0])[i] = 0.f;
     __syncthreads();
-    float all_top[2];
+    for (int turn = 0; turn < 4 / SLOTS; turn++) {
+        if (turn == warp / SLOTS) {
 #pragma unroll
-    for (int h = 0; h < 2; h++) {
-        int pair = g + 8 * h;
-        all_top[h] = fmaxf(fmaxf(parts[0][pair][0], parts[1][pair][0]), fmaxf(parts[2][pair][0], parts[3][pair][0]));
-    }
-    for (int turn = 0; turn < 4; turn++) {  // one warp after the other: the same bits every time
-        if (turn == warp)
-            for (int h = 0; h < 2; h++) {
-                if (g + 8 * h >= group || top[h] == -infinity()) continue;
-                float factor = __expf(top[h] - all_top[h]);
+            for (int h = 0; h < HALVES; h++) {
+                int pair = g + 8 * h;
+                float best = fmaxf(fmaxf(parts[0][pair][0], parts[1][pair][0]), fmaxf(parts[2][pair][0], parts[3][pair][0]));
+                float factor = top[h] == -infinity() ? 0.f : __expf(top[h] - best);
 #pragma unroll
                 for (int d = 0; d < GROUPS; d++)
 #pragma unroll
-                    for (int j = 0; j < 8; j++)
+                    for (int e = 0; e < 2; e++) {
+                        int dim = d * 64 + (2 * t + e) * 8;
+                        if (dim >= DIM) continue;
+                        float4 *to = (float4 *)&merged[warp % SLOTS][pair][dim];
 #pragma unroll
-                        for (int e = 0; e < 2; e++) {
-                            int dim = d * 64 + (2 * t + e) * 8 + j;
-                            if (dim < DIM) merged[g + 8 * h][dim] += o[d][j][h ? 2 + e : e] * factor;
+                        for (int q4 = 0; q4 < 2; q4++) {
+                            float4 v = make_float4(o[d][4 * q4][2 * h + e] * factor, o[d][4 * q4 + 1][2 * h + e] * factor,
+                                                   o[d][4 * q4 + 2][2 * h + e] * factor, o[d][4 * q4 + 3][2 * h + e] * factor);
+                            if (SLOTS < 4 && turn > 0) {
+                                float4 old = to[q4];
+                                v.x += old.x, v.y += old.y, v.z += old.z, v.w += old.w;
+                            }
+                            to[q4] = v;
                         }
+                    }
             }
+        }
         __syncthreads();
     }
     long long unit = (long long)row * a.kv_heads + kv_head;
@@ -198,8 +220,10 @@ extern "C" __global__ void __launch_bounds__(128) attention(const Args a) {
         for (int w = 0; w < 4; w++) best = fmaxf(best, parts[w][pair][0]);
         for (int w = 0; w < 4; w++)
             if (parts[w][pair][0] != -infinity()) total += parts[w][pair][1] * __expf(parts[w][pair][0] - best);
-        if (splits == 1) { to[i] = from_float<bf16>(merged[pair][i % DIM] / total); continue; }
-        mine[pair * (DIM + 2) + i % DIM] = merged[pair][i % DIM];
+        float value = 0.f;
+        for (int w = 0; w < SLOTS; w++) value += merged[w][pair][i % DIM];
+        if (splits == 1) { to[i] = from_float<bf16>(value / total); continue; }
+        mine[pair * (DIM + 2) + i % DIM] = value;
         if (i % DIM == 0) mine[pair * (DIM + 2) + DIM] = best, mine[pair * (DIM + 2) + DIM + 1] = total;
     }
     if (splits == 1) return;
@@ -210,18 +234,25 @@ extern "C" __global__ void __launch_bounds__(128) attention(const Args a) {
     if (!is_last) return;
     __threadfence();
     const float *all = a.partial + unit * a.splits * 16 * (DIM + 2);
+    __shared__ float factors[MOST_SPLITS][16];
+    for (int i = threadIdx.x; i < splits * 16; i += 128)
+        factors[i / 16][i & 15] = (i & 15) < group ? __ldcg(all + i * (DIM + 2) + DIM) : 0.f;
+    __syncthreads();
+    for (int pair = threadIdx.x; pair < group; pair += 128) {
+        float best = -infinity(), total = 0.f;
+        for (int s = 0; s < splits; s++) best = fmaxf(best, factors[s][pair]);
+#pragma unroll 4
+        for (int s = 0; s < splits; s++) total += (factors[s][pair] = __expf(factors[s][pair] - best)) * __ldcg(all + (s * 16 + pair) * (DIM + 2) + DIM + 1);
+        for (int s = 0; s < splits; s++) factors[s][pair] /= total;
+    }
+    __syncthreads();
     for (int i = threadIdx.x; i < group * DIM; i += 128) {
-        const float *part = all + (i / DIM) * (DIM + 2);
-        float best = -infinity(), total = 0.f, value = 0.f;
-        for (int s = 0; s < splits; s++) best = fmaxf(best, __ldcg(part + s * 16 * (DIM + 2) + DIM));
-        for (int s = 0; s < splits; s++) {
-            const float *p = part + s * 16 * (DIM + 2);
-            float own = __ldcg(p + DIM);
-            if (own == -infinity()) continue;
-            float factor = __expf(own - best);
-            value += factor * __ldcg(p + i % DIM), total += factor * __ldcg(p + DIM + 1);
-        }
-        to[i] = from_float<bf16>(value / total);
+        int pair = i / DIM;
+        float value = 0.f;
+#pragma unroll 8
+        for (int s = 0; s < splits; s++)
+            if (factors[s][pair] > 0.f) value += factors[s][pair] * __ldcg(all + (s * 16 + pair) * (DIM + 2) + i % DIM);
+        to[i] = from_float<bf16>(value);
     }
     if (threadIdx.x == 0) a.arrived[unit] = 0;
 }
@@ -232,7 +263,7 @@ struct Args {
     const float *qkv; const float *k_pages; const float *v_pages; float *out;
     const int *slots; const int *query_start; const int *kv_len; const int *page_table;
     float *partial; int *arrived;
-    int first_row, pages_a_row, page_size, q_heads, kv_heads, splits, split_min, window;
+    int first_row, pages_a_row, page_size, q_heads, kv_heads, splits, splits_wanted, page_shift, window;
     float scale, soft_cap;
 };
 extern "C" __global__ void attention(const Args a) {

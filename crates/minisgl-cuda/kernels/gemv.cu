@@ -23,7 +23,8 @@
 #define N_TILES (GATED ? 2 : 1)
 #define CHUNK 64
 #define ROWS (ROW_TILES * 16)
-#define DEPTH (ROW_TILES > 1 ? 1 : 2)
+// Chunks in flight a warp.
+#define STAGES 2
 
 #if OUT_F32
 typedef float O;
@@ -31,7 +32,7 @@ typedef float O;
 typedef T O;
 #endif
 
-extern "C" __global__ void __launch_bounds__(512)
+extern "C" __global__ void __launch_bounds__(256)
 gemv(const T *x, const T *w, const float *norm, float eps, float shift, const float *bias,
      int rows, int n_total, int k_total, int add_to, int gelu, O *out) {
     extern __shared__ float sums[];  // [warps][N_TILES][ROWS][8], then [warps][ROWS] squares
@@ -46,29 +47,44 @@ gemv(const T *x, const T *w, const float *norm, float eps, float shift, const fl
 
     float acc[N_TILES][ROW_TILES][4] = {};
     float squares[ROW_TILES][2] = {};
-    uint4 held[DEPTH][2][N_TILES];
-    auto load = [&](int first) {
+    uint4 held[STAGES][2][N_TILES], held_x[STAGES][2][ROW_TILES][HALVES];
+    const uint4 zero = make_uint4(0, 0, 0, 0);
+    auto load_w = [&](int stage, int chunk) {
 #pragma unroll
-        for (int d = 0; d < DEPTH; d++)
+        for (int s = 0; s < 2; s++) {
+            int k = chunk * CHUNK + s * 32 + t * 8;
 #pragma unroll
-            for (int s = 0; s < 2; s++) {
-                int k = (first + d * warps) * CHUNK + s * 32 + t * 8;
-#pragma unroll
-                for (int j = 0; j < N_TILES; j++)
-                    held[d][s][j] = has_n && k < k_total ? load_weights(w_row[j] + k) : make_uint4(0, 0, 0, 0);
-            }
+            for (int j = 0; j < N_TILES; j++)
+                held[stage][s][j] = has_n && k < k_total ? load_weights(w_row[j] + k) : zero;
+        }
     };
-    load(warp);
+    auto load_x = [&](int stage, int chunk) {
+#pragma unroll
+        for (int s = 0; s < 2; s++) {
+            int k = chunk * CHUNK + s * 32 + t * 8;
+#pragma unroll
+            for (int m = 0; m < ROW_TILES; m++)
+#pragma unroll
+                for (int h = 0; h < HALVES; h++) {
+                    int row = m * 16 + h * 8 + g;
+                    held_x[stage][s][m][h] = row < rows && k < k_total ? *(const uint4 *)(x + (long long)row * k_total + k) : zero;
+                }
+        }
+    };
+#pragma unroll
+    for (int stage = 0; stage < STAGES; stage++) load_w(stage, warp + stage * warps);
     wait_for_previous();
     let_next_start();
-    for (int first = warp; first < chunks; first += DEPTH * warps) {
-        if (first != warp) load(first);
 #pragma unroll
-        for (int d = 0; d < DEPTH; d++)
+    for (int stage = 0; stage < STAGES; stage++) load_x(stage, warp + stage * warps);
+    for (int first = warp; first < chunks; first += STAGES * warps) {
+#pragma unroll
+        for (int stage = 0; stage < STAGES; stage++) {
+            int chunk = first + stage * warps;
 #pragma unroll
             for (int s = 0; s < 2; s++) {
-                int k = (first + d * warps) * CHUNK + s * 32 + t * 8;
-                float scale[8];
+                int k = chunk * CHUNK + s * 32 + t * 8;
+                float scale[8] = {};
                 if (NORM && k < k_total) {
                     float4 s0 = __ldg((const float4 *)(norm + k)), s1 = __ldg((const float4 *)(norm + k + 4));
                     scale[0] = s0.x + shift, scale[1] = s0.y + shift, scale[2] = s0.z + shift, scale[3] = s0.w + shift;
@@ -79,26 +95,27 @@ gemv(const T *x, const T *w, const float *norm, float eps, float shift, const fl
                     u32 a[2][4] = {};
 #pragma unroll
                     for (int h = 0; h < HALVES; h++) {
-                        int row = m * 16 + h * 8 + g;
-                        uint4 v = make_uint4(0, 0, 0, 0);
-                        if (row < rows && k < k_total) v = *(const uint4 *)(x + (long long)row * k_total + k);
+                        uint4 v = held_x[stage][s][m][h];
                         a[h][0] = v.x, a[h][1] = v.y, a[h][2] = v.z, a[h][3] = v.w;
                         if (NORM) {
 #pragma unroll
                             for (int p = 0; p < 4; p++) {
                                 float lo = low_half(a[h][p]), hi = high_half(a[h][p]);
                                 squares[m][h] += lo * lo + hi * hi;
-                                a[h][p] = k < k_total ? pack(lo * scale[2 * p], hi * scale[2 * p + 1]) : 0;
+                                a[h][p] = pack(lo * scale[2 * p], hi * scale[2 * p + 1]);
                             }
                         }
                     }
 #pragma unroll
                     for (int j = 0; j < N_TILES; j++) {
-                        mma(acc[j][m], a[0][0], a[1][0], a[0][1], a[1][1], held[d][s][j].x, held[d][s][j].y);
-                        mma(acc[j][m], a[0][2], a[1][2], a[0][3], a[1][3], held[d][s][j].z, held[d][s][j].w);
+                        mma(acc[j][m], a[0][0], a[1][0], a[0][1], a[1][1], held[stage][s][j].x, held[stage][s][j].y);
+                        mma(acc[j][m], a[0][2], a[1][2], a[0][3], a[1][3], held[stage][s][j].z, held[stage][s][j].w);
                     }
                 }
             }
+            load_w(stage, chunk + STAGES * warps);
+            load_x(stage, chunk + STAGES * warps);
+        }
     }
 
     float *all_squares = sums + warps * N_TILES * ROWS * 8;

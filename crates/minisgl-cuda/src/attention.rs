@@ -1,6 +1,6 @@
 //! Paged attention: decode rows split along their context, the others in tiles of queries.
 
-use minisgl_tensor::{Attention, BackendError, DType, Result, Tensor};
+use minisgl_tensor::{Attention, BackendError, DType, Heads, Result, Tensor};
 
 use crate::backend::CudaBackend;
 use crate::device::Launch;
@@ -26,7 +26,8 @@ struct Args {
     q_heads: i32,
     kv_heads: i32,
     splits: i32,
-    split_min: i32,
+    splits_wanted: i32,
+    page_shift: i32,
     window: i32,
     scale: f32,
     soft_cap: f32,
@@ -58,7 +59,12 @@ impl CudaBackend {
             q_heads: heads.q as i32,
             kv_heads: heads.kv as i32,
             splits: 1,
-            split_min: 64,
+            splits_wanted: 1,
+            page_shift: if batch.page_size.is_power_of_two() {
+                batch.page_size.ilog2() as i32
+            } else {
+                -1
+            },
             window: a.window.map_or(0, |w| w as i32),
             scale: a.scale,
             soft_cap: a.soft_cap.unwrap_or(0.0),
@@ -66,7 +72,7 @@ impl CudaBackend {
         // The decode kernel holds one token's whole group in a tile of 16.
         let decode_rows = if self.exact || group > 16 { 0 } else { batch.decode_rows };
         if decode_rows > 0 {
-            self.decode(&mut args, decode_rows, heads.kv, heads.dim)?;
+            self.decode(&mut args, decode_rows, heads)?;
         }
         let rows = batch.rows - decode_rows;
         if rows == 0 {
@@ -89,19 +95,36 @@ impl CudaBackend {
         unsafe { self.device.launch_struct(function, shape, &args) }
     }
 
-    fn decode(&self, args: &mut Args, rows: usize, kv_heads: usize, dim: usize) -> Result<()> {
+    fn decode(&self, args: &mut Args, rows: usize, heads: Heads) -> Result<()> {
+        let (kv_heads, dim) = (heads.kv, heads.dim);
         let units = rows * kv_heads;
-        // Enough blocks for every multiprocessor several times over; a short context uses fewer
-        // splits than the grid has, and the rest of its blocks end at once.
-        let splits = (self.device.multiprocessors * 8).div_ceil(units).clamp(4, 64);
+        // Blocks of one size run in waves: take the number of splits whose last wave is fullest.
+        // Long rows may use up to `splits`; what a shorter one does not need ends at once.
+        let resident = self.device.multiprocessors * if heads.q / kv_heads <= 8 { 3 } else { 2 };
+        let fullness = |splits: usize| {
+            let blocks = units * splits;
+            let waves = blocks.div_ceil(resident);
+            blocks as f64 / (waves * resident) as f64 - 0.02 * splits as f64
+        };
+        let fill = (resident / units).clamp(1, 64);
+        let wanted = if fill > 1 {
+            fill
+        } else {
+            (1..=4).max_by(|&a, &b| fullness(a).total_cmp(&fullness(b))).unwrap_or(1)
+        };
+        let splits = wanted.clamp(8, 64);
         args.splits = splits as i32;
-        args.split_min = if units < self.device.multiprocessors { 64 } else { 512 };
+        args.splits_wanted = wanted as i32;
         args.partial =
             self.scratch("attention", DType::F32, &[units * splits * 16 * (dim + 2)])?.address();
         args.arrived = self.scratch("attention arrivals", DType::I32, &[units])?.address();
         let function = self.kernels.get(
             Module::Attention,
-            &[("DIM", dim as i32), ("DECODE", 1)],
+            &[
+                ("DIM", dim as i32),
+                ("DECODE", 1),
+                ("HALVES", if heads.q / heads.kv <= 8 { 1 } else { 2 }),
+            ],
             "attention",
         )?;
         let shape = Launch { grid: [kv_heads, splits, rows], threads: 128, shared: 0 };
