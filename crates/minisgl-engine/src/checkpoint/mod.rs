@@ -164,6 +164,11 @@ impl Checkpoint {
                 config.rope.frequency_divisors.len()
             );
         }
+        if let Some(moe) = &mut config.moe {
+            let router = |layer| format!("model.layers.{layer}.mlp.gate.weight");
+            moe.sparse_layers =
+                (0..config.num_layers).map(|layer| checkpoint.contains(&router(layer))).collect();
+        }
         config.qkv_bias = checkpoint.contains("model.layers.0.self_attn.q_proj.bias");
         checkpoint.config = config;
         Ok(checkpoint)
