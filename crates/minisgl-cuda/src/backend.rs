@@ -251,7 +251,7 @@ impl Backend for CudaBackend {
 
     fn rope_store(&self, a: &RopeStore<'_>, qkv: &Tensor) -> Result<()> {
         let Some(batch) = Some(a.batch).filter(|b| b.tokens > 0) else { return Ok(()) };
-        if a.heads.dim > 256 || a.heads.dim % 2 != 0 {
+        if a.heads.dim > 256 || !a.heads.dim.is_multiple_of(2) {
             return Err(BackendError::Unsupported(
                 format!("head size {} on CUDA", a.heads.dim).into(),
             ));

@@ -114,7 +114,7 @@ pub(crate) fn dequantize(dtype: DType, data: &[u8], out: &mut Vec<f32>) -> Resul
             }
             DType::Q8_0 => out.extend(b[2..].iter().map(|&q| f32::from(q as i8) * half(b, 0))),
             DType::Q4K | DType::Q5K => {
-                five_or_four_bits(b, dtype == DType::Q5K, half(b, 0), half(b, 2), out)
+                five_or_four_bits(b, dtype == DType::Q5K, half(b, 0), half(b, 2), out);
             }
             DType::Q6K => six_bits(b, half(b, 208), out),
             DType::I32 | DType::U8 => return Err(dtype),

@@ -65,8 +65,11 @@ pub trait Backend: Send + Sync {
     fn matrix(&self, parts: &[HostTensor<'_>], precision: Precision) -> Result<Weight>;
     /// The experts of one MoE layer: `gate_up[e]` are the parts of expert e's matrix as for
     /// `matrix`. Result `[experts, rows, cols]`.
-    fn expert_matrices(&self, experts: &[Vec<HostTensor<'_>>], precision: Precision)
-    -> Result<Weight>;
+    fn expert_matrices(
+        &self,
+        experts: &[Vec<HostTensor<'_>>],
+        precision: Precision,
+    ) -> Result<Weight>;
     /// A vector in f32 (norm weights, biases): parts one behind the other.
     fn vector(&self, parts: &[HostTensor<'_>]) -> Result<Weight>;
 
