@@ -19,7 +19,7 @@
 #define MOST_SPLITS 64
 // Warps that leave their sums in shared memory side by side.
 #define SLOTS (HALVES * DIM > 128 ? 1 : 4)
-#define MIN_BLOCKS (DECODE && HALVES == 1 && DIM <= 128 ? 3 : 1)
+#define MIN_BLOCKS (DIM <= 128 ? 2 : 1)
 
 struct Args {
     const bf16 *qkv; const bf16 *k_pages; const bf16 *v_pages; bf16 *out;
@@ -78,17 +78,15 @@ extern "C" __global__ void __launch_bounds__(128, MIN_BLOCKS) attention(const Ar
     // A page of 16 or more holds a whole tile: one look-up, made a tile ahead.
     bool whole = a.page_shift >= 4;
     int mask = a.page_size - 1;
-    int ahead = whole && first < last ? table[first >> a.page_shift] : 0;
+    auto page_of = [&](int base) { return whole && base < last ? table[base >> a.page_shift] : 0; };
     auto offset = [&](int page_of_tile, int token) {
         token = min(token, kv_len - 1);
         int page = whole ? page_of_tile : table[token / a.page_size];
         int inside = whole ? token & mask : token % a.page_size;
         return (((long long)page * a.kv_heads + kv_head) * a.page_size + inside) * DIM;
     };
-    for (int base = first; base < last; base += step) {
-        uint4 k[2][CHUNKS], v[4][GROUPS];
-        int page = ahead;
-        if (whole && base + step < last) ahead = table[(base + step) >> a.page_shift];
+    uint4 k[2][CHUNKS], v[4][GROUPS];
+    auto load_k = [&](int base, int page) {
 #pragma unroll
         for (int n = 0; n < 2; n++) {
             const bf16 *from = a.k_pages + offset(page, base + n * 8 + g);
@@ -96,6 +94,8 @@ extern "C" __global__ void __launch_bounds__(128, MIN_BLOCKS) attention(const Ar
             for (int c = 0; c < CHUNKS; c++)
                 k[n][c] = c * 32 + t * 8 < DIM ? *(const uint4 *)(from + c * 32 + t * 8) : make_uint4(0, 0, 0, 0);
         }
+    };
+    auto load_v = [&](int base, int page) {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             const bf16 *from = a.v_pages + offset(page, base + 2 * t + (i & 1) + (i >> 1) * 8);
@@ -103,6 +103,13 @@ extern "C" __global__ void __launch_bounds__(128, MIN_BLOCKS) attention(const Ar
             for (int d = 0; d < GROUPS; d++)
                 v[i][d] = d * 64 + g * 8 < DIM ? *(const uint4 *)(from + d * 64 + g * 8) : make_uint4(0, 0, 0, 0);
         }
+    };
+    int page = page_of(first), ahead = page_of(first + step);
+    if (first < last) load_k(first, page), load_v(first, page);
+    for (int base = first; base < last; base += step) {
+        // The next tile's K is on its way while this one's softmax runs, its V during the next's scores.
+        bool more = base + step < last;
+        page = ahead, ahead = page_of(base + 2 * step);
         float s[2][4] = {};
 #pragma unroll
         for (int n = 0; n < 2; n++)
@@ -111,6 +118,7 @@ extern "C" __global__ void __launch_bounds__(128, MIN_BLOCKS) attention(const Ar
                 mma(s[n], q[c][0][0], q[c][1][0], q[c][0][1], q[c][1][1], k[n][c].x, k[n][c].y);
                 mma(s[n], q[c][0][2], q[c][1][2], q[c][0][3], q[c][1][3], k[n][c].z, k[n][c].w);
             }
+        if (more) load_k(base + step, page);
         if (HALVES == 1) s[0][2] = s[0][3] = s[1][2] = s[1][3] = 0.f;
 #pragma unroll
         for (int h = 0; h < HALVES; h++) {
@@ -149,6 +157,7 @@ extern "C" __global__ void __launch_bounds__(128, MIN_BLOCKS) attention(const Ar
                 u32 b1 = __byte_perm(((const u32 *)&v[2][d])[j / 2], ((const u32 *)&v[3][d])[j / 2], select);
                 mma(o[d][j], p0, p1, p2, p3, b0, b1);
             }
+        if (more) load_v(base + step, page);
     }
 #pragma unroll
     for (int h = 0; h < 2; h++) {

@@ -98,20 +98,9 @@ impl CudaBackend {
     fn decode(&self, args: &mut Args, rows: usize, heads: Heads) -> Result<()> {
         let (kv_heads, dim) = (heads.kv, heads.dim);
         let units = rows * kv_heads;
-        // Blocks of one size run in waves: take the number of splits whose last wave is fullest.
-        // Long rows may use up to `splits`; what a shorter one does not need ends at once.
-        let resident = self.device.multiprocessors * if heads.q / kv_heads <= 8 { 3 } else { 2 };
-        let fullness = |splits: usize| {
-            let blocks = units * splits;
-            let waves = blocks.div_ceil(resident);
-            blocks as f64 / (waves * resident) as f64 - 0.02 * splits as f64
-        };
-        let fill = (resident / units).clamp(1, 64);
-        let wanted = if fill > 1 {
-            fill
-        } else {
-            (1..=4).max_by(|&a, &b| fullness(a).total_cmp(&fullness(b))).unwrap_or(1)
-        };
+        // Two blocks a multiprocessor are resident. Long rows may use up to `splits`; what a shorter
+        // one does not need of the grid ends at once.
+        let wanted = (self.device.multiprocessors * 2 / units).clamp(1, 64);
         let splits = wanted.clamp(8, 64);
         args.splits = splits as i32;
         args.splits_wanted = wanted as i32;
