@@ -10,6 +10,7 @@ use crate::source::{ModelLocator, ModelSource};
 
 /// A model, a device, and the engine's sizes. `None` leaves the choice to the program.
 #[derive(Args, Clone, Debug, Default)]
+#[command(allow_negative_numbers = true)]
 pub struct RuntimeOptions {
     /// A .gguf file, a folder in Hugging Face layout, or a hub id such as Qwen/Qwen3-0.6B or
     /// org/name/file.gguf [default: SmolLM2-135M-Instruct, fetched once]
