@@ -1,13 +1,18 @@
 //! A backend for each rank, and the engine over them.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Result, bail, ensure};
+use minisgl_cpu::{CpuBackend, CpuOptions, physical_cores, shared_memory_group};
 use minisgl_cuda::{CudaBackend, CudaOptions};
 use minisgl_engine::{Checkpoint, EngineOptions, KvSize, LocalEngine};
 use minisgl_tensor::{Alone, Backend, Collective, Precision};
 
 use crate::options::{Device, Dtype, RuntimeOptions};
+
+/// How long a CPU rank waits for the others in a sum.
+const COLLECTIVE_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// An engine, and the name of what it runs on.
 pub struct LoadedEngine {
@@ -59,7 +64,17 @@ fn open_ranks(device: Device, options: &RuntimeOptions) -> Result<Vec<RankDevice
             Ok(vec![(Arc::new(backend), Arc::new(Alone))])
         }
         Device::Cpu | Device::Auto => {
-            bail!("the CPU backend is not there yet, and so --device cuda needs an NVIDIA GPU")
+            let share = || (physical_cores() / options.tp).max(1);
+            let threads = Some(options.threads.unwrap_or_else(share));
+            let cpu = CpuOptions { threads, precision, ..CpuOptions::default() };
+            let backend = |_| CpuBackend::new(cpu.clone());
+            let backends = (0..options.tp).map(backend).collect::<Result<Vec<_>, _>>()?;
+            let ends: Vec<Arc<dyn Collective>> = match options.tp {
+                1 => vec![Arc::new(Alone)],
+                ranks => shared_memory_group(ranks, COLLECTIVE_TIMEOUT),
+            };
+            let ranks = backends.into_iter().zip(ends);
+            Ok(ranks.map(|(b, end)| (Arc::new(b) as Arc<dyn Backend>, end)).collect())
         }
     }
 }

@@ -1,0 +1,303 @@
+//! A thread pool for steps of microseconds.
+//!
+//! One thread calls `run` and works along; the others wait, first spinning, then parked. Work is
+//! handed out in shrinking runs of consecutive items, so that a thread reads memory in order and
+//! the last ones finish together. Nobody waits for a thread that has not come: a worker *enters*
+//! a job, and when the items are gone the job closes and only those inside are waited for. A
+//! worker that the system keeps off its core therefore costs nothing but its help. No allocation
+//! and, while workers spin, no system call.
+
+use std::cell::UnsafeCell;
+use std::collections::BTreeSet;
+use std::hint::spin_loop;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle, Thread};
+use std::time::{Duration, Instant};
+
+/// How long a worker without work keeps its core: longer than what the host does between steps.
+const SPIN: Duration = Duration::from_micros(150);
+
+/// Set in `Shared::state` while a job accepts workers.
+const OPEN: u64 = 1 << 16;
+/// Steps from one job's number to the next.
+const JOB: u64 = 1 << 17;
+/// The low bits of `Shared::state` count the workers inside.
+const INSIDE: u64 = OPEN - 1;
+
+/// A pool of threads, the caller of `run` being one of them.
+pub struct Pool {
+    shared: Arc<Shared>,
+    workers: Vec<JoinHandle<()>>,
+    unpark: Vec<Thread>,
+    /// One job at a time.
+    turn: Mutex<()>,
+}
+
+struct Shared {
+    /// The job's number, `OPEN`, and how many workers are inside.
+    state: Line<AtomicU64>,
+    /// Items not yet handed out: `next..end`.
+    next: Line<AtomicUsize>,
+    job: UnsafeCell<Job>,
+    parked: AtomicUsize,
+    panicked: AtomicBool,
+    stop: AtomicBool,
+}
+
+/// A cache line of its own.
+#[repr(align(128))]
+struct Line<T>(T);
+
+#[derive(Clone, Copy)]
+struct Job {
+    work: *const (dyn Fn(usize, usize) + Sync),
+    end: usize,
+    threads: usize,
+}
+
+// SAFETY: `job` is written only by the thread inside `run` while no job is open and nobody is
+// inside, and read only by threads that entered; everything else is atomic.
+unsafe impl Sync for Shared {}
+// SAFETY: the pointer in `job` is only followed while `run` keeps its target alive.
+unsafe impl Send for Shared {}
+
+impl Pool {
+    /// A pool of `threads` threads, the caller included.
+    pub fn new(threads: usize) -> std::io::Result<Self> {
+        let shared = Arc::new(Shared {
+            state: Line(AtomicU64::new(0)),
+            next: Line(AtomicUsize::new(0)),
+            job: UnsafeCell::new(Job { work: &|_, _| (), end: 0, threads: threads.max(1) }),
+            parked: AtomicUsize::new(0),
+            panicked: AtomicBool::new(false),
+            stop: AtomicBool::new(false),
+        });
+        let mut pool =
+            Self { shared, workers: Vec::new(), unpark: Vec::new(), turn: Mutex::new(()) };
+        for index in 1..threads {
+            let shared = Arc::clone(&pool.shared);
+            let worker = thread::Builder::new()
+                .name(format!("cpu-{index}"))
+                .spawn(move || shared.serve(index))?;
+            pool.unpark.push(worker.thread().clone());
+            pool.workers.push(worker);
+        }
+        Ok(pool)
+    }
+
+    /// Threads, the caller included.
+    pub fn threads(&self) -> usize {
+        self.workers.len() + 1
+    }
+
+    /// Calls `work(thread, item)` once for each of `items`, on all threads. `thread` is less than
+    /// `threads()`, and at any time no two calls have the same.
+    ///
+    /// # Panics
+    /// If `work` does.
+    pub fn run(&self, items: usize, work: &(dyn Fn(usize, usize) + Sync)) {
+        if items == 0 {
+            return;
+        }
+        // A panic in `work` is handed on below, after which the pool is as before.
+        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        let shared = &*self.shared;
+        let job = Job { work: erase(work), end: items, threads: self.threads() };
+        if items == 1 || self.workers.is_empty() {
+            (0..items).for_each(|item| work(0, item));
+            return;
+        }
+        shared.next.0.store(0, Ordering::Relaxed);
+        // SAFETY: the last job is closed and empty, so nobody reads `job` now.
+        unsafe { *shared.job.get() = job };
+        let number = shared.state.0.load(Ordering::Relaxed) & !(JOB - 1);
+        // Sequentially consistent against `parked`: either the worker that parks sees this job, or
+        // we see that it parks.
+        shared.state.0.store(number.wrapping_add(JOB) | OPEN, Ordering::SeqCst);
+        if shared.parked.load(Ordering::SeqCst) > 0 {
+            self.unpark.iter().for_each(Thread::unpark);
+        }
+        let mine = catch_unwind(AssertUnwindSafe(|| shared.take_items(0, job)));
+        shared.close();
+        if let Err(panic) = mine {
+            resume_unwind(panic);
+        }
+        assert!(!shared.panicked.swap(false, Ordering::Relaxed), "a kernel panicked");
+    }
+}
+
+/// Forgets the lifetime of `work`.
+fn erase<'a>(work: &'a (dyn Fn(usize, usize) + Sync + 'a)) -> *const (dyn Fn(usize, usize) + Sync) {
+    // SAFETY: only the lifetime changes. `run` does not return before everyone who may call it has
+    // left the job.
+    unsafe {
+        std::mem::transmute::<
+            *const (dyn Fn(usize, usize) + Sync + 'a),
+            *const (dyn Fn(usize, usize) + Sync + 'static),
+        >(work)
+    }
+}
+
+impl Shared {
+    fn take_items(&self, thread: usize, job: Job) {
+        let mut first = self.next.0.load(Ordering::Relaxed);
+        while first < job.end {
+            let count = ((job.end - first) / (3 * job.threads)).max(1);
+            match self.next.0.compare_exchange_weak(
+                first,
+                first + count,
+                Ordering::Relaxed,
+                Ordering::Relaxed,
+            ) {
+                Ok(_) => {
+                    for item in first..first + count {
+                        // SAFETY: this thread is inside the job, or is the one that runs it, so
+                        // the closure is alive.
+                        unsafe { (*job.work)(thread, item) };
+                    }
+                    first = self.next.0.load(Ordering::Relaxed);
+                }
+                Err(current) => first = current,
+            }
+        }
+    }
+
+    /// Lets nobody in any more, and waits for those inside: spinning, then giving way to others.
+    fn close(&self) {
+        self.next.0.store(usize::MAX, Ordering::Relaxed);
+        self.state.0.fetch_and(!OPEN, Ordering::AcqRel);
+        let mut spins = 0u32;
+        while self.state.0.load(Ordering::Acquire) & INSIDE != 0 {
+            spins += 1;
+            if spins.is_multiple_of(4096) { thread::yield_now() } else { spin_loop() }
+        }
+    }
+
+    fn serve(&self, thread: usize) {
+        let mut last = 0;
+        while let Some(job) = self.enter(&mut last) {
+            if catch_unwind(AssertUnwindSafe(|| self.take_items(thread, job))).is_err() {
+                self.next.0.store(usize::MAX, Ordering::Relaxed);
+                self.panicked.store(true, Ordering::Relaxed);
+            }
+            self.state.0.fetch_sub(1, Ordering::Release);
+        }
+    }
+
+    /// Waits for a job other than number `last` and enters it. `None` when the pool is dropped.
+    fn enter(&self, last: &mut u64) -> Option<Job> {
+        let mut idle_since = None;
+        let mut spins = 0u32;
+        loop {
+            let state = self.state.0.load(Ordering::Acquire);
+            let number = state & !(JOB - 1);
+            if state & OPEN != 0 && number != *last {
+                let entered = self.state.0.compare_exchange_weak(
+                    state,
+                    state + 1,
+                    Ordering::Acquire,
+                    Ordering::Relaxed,
+                );
+                if entered.is_ok() {
+                    *last = number;
+                    // SAFETY: we are inside an open job; `run` changes it only when we have left.
+                    return Some(unsafe { *self.job.get() });
+                }
+                continue;
+            }
+            if self.stop.load(Ordering::Relaxed) {
+                return None;
+            }
+            spin_loop();
+            spins += 1;
+            if spins.is_multiple_of(64)
+                && idle_since.get_or_insert_with(Instant::now).elapsed() > SPIN
+            {
+                self.park(*last);
+                idle_since = None;
+            }
+        }
+    }
+
+    fn park(&self, last: u64) {
+        self.parked.fetch_add(1, Ordering::SeqCst);
+        let state = self.state.0.load(Ordering::SeqCst);
+        let work = state & OPEN != 0 && state & !(JOB - 1) != last;
+        if !work && !self.stop.load(Ordering::SeqCst) {
+            thread::park();
+        }
+        self.parked.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::SeqCst);
+        self.unpark.iter().for_each(Thread::unpark);
+        for worker in self.workers.drain(..) {
+            // A worker catches what its work throws, so it has nothing to report.
+            let _ = worker.join();
+        }
+    }
+}
+
+/// Processor cores that this process may use, hyper-threads of one core counted once where the
+/// system tells (Linux).
+pub fn physical_cores() -> usize {
+    let logical = thread::available_parallelism().map_or(1, usize::from);
+    let siblings = |cpu: usize| {
+        let path = format!("/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list");
+        std::fs::read_to_string(path).ok()
+    };
+    let cores: BTreeSet<String> = (0..).map_while(siblings).collect();
+    if cores.is_empty() { logical } else { cores.len().min(logical) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_item_once_on_any_number_of_threads() {
+        for threads in [1, 2, 3, 8] {
+            let pool = Pool::new(threads).unwrap();
+            for items in [0, 1, 2, 7, 100, 1000] {
+                let seen: Vec<AtomicUsize> = (0..items).map(|_| AtomicUsize::new(0)).collect();
+                pool.run(items, &|thread, item| {
+                    assert!(thread < threads);
+                    seen[item].fetch_add(1, Ordering::Relaxed);
+                });
+                assert!(seen.iter().all(|count| count.load(Ordering::Relaxed) == 1));
+            }
+        }
+    }
+
+    #[test]
+    fn workers_wake_from_parking() {
+        let pool = Pool::new(2).unwrap();
+        for _ in 0..20 {
+            thread::sleep(Duration::from_millis(1));
+            let sum = AtomicUsize::new(0);
+            pool.run(64, &|_, item| {
+                sum.fetch_add(item, Ordering::Relaxed);
+            });
+            assert_eq!(sum.into_inner(), 64 * 63 / 2);
+        }
+    }
+
+    #[test]
+    fn a_panic_reaches_the_caller_and_the_pool_lives_on() {
+        let pool = Pool::new(2).unwrap();
+        let result = catch_unwind(AssertUnwindSafe(|| {
+            pool.run(100, &|_, item| assert_ne!(item, 50));
+        }));
+        assert!(result.is_err());
+        let count = AtomicUsize::new(0);
+        pool.run(100, &|_, _| {
+            count.fetch_add(1, Ordering::Relaxed);
+        });
+        assert_eq!(count.into_inner(), 100);
+    }
+}
