@@ -35,8 +35,8 @@ __device__ __forceinline__ float score(const Args &a, float s) {
 }
 
 extern "C" __global__ void __launch_bounds__(128, MIN_BLOCKS) attention(const Args a) {
-    wait_for_previous();
     let_next_start();
+    wait_for_previous();
     int warp = threadIdx.x / 32, lane = threadIdx.x & 31, g = lane / 4, t = lane & 3;
     int row = a.first_row + blockIdx.z, kv_head = blockIdx.x % a.kv_heads, tile = blockIdx.x / a.kv_heads;
     int group = a.q_heads / a.kv_heads, kv_len = a.kv_len[row];
@@ -276,8 +276,8 @@ struct Args {
     float scale, soft_cap;
 };
 extern "C" __global__ void attention(const Args a) {
-    wait_for_previous();
     let_next_start();
+    wait_for_previous();
     int row = a.first_row + blockIdx.z, lane = threadIdx.x & 31;
     int kv_len = a.kv_len[row], q_start = a.query_start[row], extend = a.query_start[row + 1] - q_start;
     int item = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;

@@ -1,9 +1,10 @@
 // What every kernel file starts with. No header of the toolkit is included: NVRTC alone compiles
 // this. `T` is the type of activations: `bf16`, or `float` in the exact mode.
 //
-// Every kernel calls `wait_for_previous()` before it touches anything that an earlier kernel
-// writes or reads. Then it may be launched while its predecessor still drains (programmatic
-// dependent launch): only loads of weights stand before that call.
+// Every kernel calls `let_next_start()` first: its successor may be launched as soon as all of its own
+// blocks run (programmatic dependent launch). And every thread calls `wait_for_previous()` before it
+// touches anything that an earlier kernel writes or reads; only loads of weights stand before that
+// call. A kernel is done when its last thread is, so that this orders it behind all before it.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -70,6 +71,11 @@ __device__ __forceinline__ float block_sum(float x) {
 }
 
 __device__ __forceinline__ float infinity() { return __uint_as_float(0x7f800000u); }
+__device__ __forceinline__ float power_of_2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
 __device__ __forceinline__ float silu(float x) { return x / (1.f + __expf(-x)); }
 __device__ __forceinline__ float gelu_tanh(float x) {
     return 0.5f * x * (1.f + tanhf(0.7978845608028654f * (x + 0.044715f * x * x * x)));

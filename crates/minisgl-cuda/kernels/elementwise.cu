@@ -4,8 +4,8 @@
 // out[t] = table[id] · scale; ids that this rank does not hold give zeros. A block a token.
 extern "C" __global__ void embed(const int *input_ids, const int *token_table, const T *table,
                                  int first_id, int ids, int hidden, float scale, T *out) {
-    wait_for_previous();
     let_next_start();
+    wait_for_previous();
     int id = input_ids[blockIdx.x];
     if (id < 0) id = token_table[-1 - id];
     id -= first_id;
@@ -19,8 +19,8 @@ extern "C" __global__ void embed(const int *input_ids, const int *token_table, c
 // out = x / rms(x) · (weight + shift). A block a row; x and out may be the same.
 extern "C" __global__ void rms_norm(const T *x, const float *weight, float eps, float shift,
                                     int width, T *out) {
-    wait_for_previous();
     let_next_start();
+    wait_for_previous();
     const T *from = x + (long long)blockIdx.x * width;
     T *to = out + (long long)blockIdx.x * width;
 #if !EXACT
@@ -68,8 +68,8 @@ extern "C" __global__ void rms_norm(const T *x, const float *weight, float eps, 
 
 // x += delta.
 extern "C" __global__ void add(T *x, const T *delta, long long count) {
-    wait_for_previous();
     let_next_start();
+    wait_for_previous();
     long long i = blockIdx.x * (long long)blockDim.x + threadIdx.x;
     if (i < count) x[i] = from_float<T>(to_float(x[i]) + to_float(delta[i]));
 }
@@ -77,8 +77,8 @@ extern "C" __global__ void add(T *x, const T *delta, long long count) {
 // out[row] += bias, in out's own type: what a matrix product is then added to. `O` by name.
 template <typename O>
 __device__ void spread_bias(const float *bias, int width, long long count, int add_to, O *out) {
-    wait_for_previous();
     let_next_start();
+    wait_for_previous();
     long long i = blockIdx.x * (long long)blockDim.x + threadIdx.x;
     if (i >= count) return;
     float value = bias[i % width];
@@ -93,8 +93,8 @@ extern "C" __global__ void spread_bias_f32(const float *b, int w, long long n, i
 
 // out = act(gate) · up; both [rows, 2·inner] → [rows, inner].
 extern "C" __global__ void gate(const T *both, int inner, int gelu, long long count, T *out) {
-    wait_for_previous();
     let_next_start();
+    wait_for_previous();
 #if !EXACT
     if (inner % 8 == 0) {
         long long i = (blockIdx.x * (long long)blockDim.x + threadIdx.x) * 8;
@@ -122,8 +122,8 @@ extern "C" __global__ void gate(const T *both, int inner, int gelu, long long co
 
 // out[i] = x[indices[i]]. A block a row.
 extern "C" __global__ void gather(const T *x, const int *indices, int width, T *out) {
-    wait_for_previous();
     let_next_start();
+    wait_for_previous();
     const T *from = x + (long long)indices[blockIdx.x] * width;
     T *to = out + (long long)blockIdx.x * width;
     for (int i = threadIdx.x; i < width; i += blockDim.x) to[i] = from[i];
@@ -136,8 +136,8 @@ extern "C" __global__ void rope_store(T *qkv, int tokens, int q_heads, int kv_he
                                       const float *k_weight, float k_eps, float k_shift,
                                       const float *rope, const int *positions, const int *store_at,
                                       int page_size, T *k_pages, T *v_pages) {
-    wait_for_previous();
     let_next_start();
+    wait_for_previous();
     int heads = q_heads + 2 * kv_heads;
     int index = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x & 31;
     if (index >= tokens * heads) return;
@@ -184,16 +184,16 @@ extern "C" __global__ void rope_store(T *qkv, int tokens, int q_heads, int kv_he
 
 // logits = cap · tanh(logits / cap).
 extern "C" __global__ void soft_cap(float *logits, float cap, long long count) {
-    wait_for_previous();
     let_next_start();
+    wait_for_previous();
     long long i = blockIdx.x * (long long)blockDim.x + threadIdx.x;
     if (i < count) logits[i] = cap * tanhf(logits[i] / cap);
 }
 
 // One thread an edit (row, token, scale, bias).
 extern "C" __global__ void edit_logits(float *logits, int vocab, const uint4 *edits, int count) {
-    wait_for_previous();
     let_next_start();
+    wait_for_previous();
     int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= count) return;
     uint4 edit = edits[i];
@@ -204,8 +204,8 @@ extern "C" __global__ void edit_logits(float *logits, int vocab, const uint4 *ed
 
 // Tokens whose bit is not set become impossible. A mask is its row, then the bits.
 extern "C" __global__ void mask_logits(float *logits, int vocab, const u32 *masks, int words) {
-    wait_for_previous();
     let_next_start();
+    wait_for_previous();
     const u32 *mask = masks + (long long)blockIdx.y * (words + 1);
     float *row = logits + (long long)mask[0] * vocab;
     int i = blockIdx.x * blockDim.x + threadIdx.x;
@@ -214,8 +214,8 @@ extern "C" __global__ void mask_logits(float *logits, int vocab, const u32 *mask
 
 // Pseudo-random weights of standard deviation `deviation`: what a benchmark runs on.
 extern "C" __global__ void fill_random(T *out, long long count, u32 seed, float deviation) {
-    wait_for_previous();
     let_next_start();
+    wait_for_previous();
     for (long long i = blockIdx.x * (long long)blockDim.x + threadIdx.x; i < count;
          i += (long long)gridDim.x * blockDim.x) {
         u64 z = (i + 1) * 0x9e3779b97f4a7c15ull + seed;
@@ -230,8 +230,8 @@ extern "C" __global__ void fill_random(T *out, long long count, u32 seed, float 
 
 // out[indices[i]] = values[i]; negative indices are left out.
 extern "C" __global__ void scatter(const int *indices, const int *values, int count, int *out) {
-    wait_for_previous();
     let_next_start();
+    wait_for_previous();
     int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i < count && indices[i] >= 0) out[indices[i]] = values[i];
 }

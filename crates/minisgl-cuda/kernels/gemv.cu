@@ -35,6 +35,7 @@ typedef T O;
 extern "C" __global__ void __launch_bounds__(256)
 gemv(const T *x, const T *w, const float *norm, float eps, float shift, const float *bias,
      int rows, int n_total, int k_total, int add_to, int gelu, O *out) {
+    let_next_start();
     extern __shared__ float sums[];  // [warps][N_TILES][ROWS][8], then [warps][ROWS] squares
     int warp = threadIdx.x / 32, lane = threadIdx.x & 31, g = lane / 4, t = lane & 3;
     int warps = blockDim.x / 32, n0 = blockIdx.x * 8;
@@ -74,7 +75,6 @@ gemv(const T *x, const T *w, const float *norm, float eps, float shift, const fl
 #pragma unroll
     for (int stage = 0; stage < STAGES; stage++) load_w(stage, warp + stage * warps);
     wait_for_previous();
-    let_next_start();
 #pragma unroll
     for (int stage = 0; stage < STAGES; stage++) load_x(stage, warp + stage * warps);
     for (int first = warp; first < chunks; first += STAGES * warps) {

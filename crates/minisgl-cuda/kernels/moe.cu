@@ -5,8 +5,8 @@
 // A block a token. x is normed already; logits in shared memory.
 extern "C" __global__ void route(const T *x, const T *router, int hidden, int experts, int top_k,
                                  int renormalize, int *ids, float *weights) {
-    wait_for_previous();
     let_next_start();
+    wait_for_previous();
     extern __shared__ float logits[];
     const T *row = x + (long long)blockIdx.x * hidden;
     int lane = threadIdx.x & 31;
@@ -34,8 +34,8 @@ extern "C" __global__ void route(const T *x, const T *router, int hidden, int ex
 // mid[token, k, i] = act(g_i · x) · (u_i · x). Grid: x over inner, y = token · top_k + k.
 extern "C" __global__ void expand(const T *x, const T *gate_up, const int *ids, int hidden, int inner,
                                   int top_k, T *mid) {
-    wait_for_previous();
     let_next_start();
+    wait_for_previous();
     int i = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x & 31;
     if (i >= inner) return;
     const T *row = x + (long long)(blockIdx.y / top_k) * hidden;
@@ -52,8 +52,8 @@ extern "C" __global__ void expand(const T *x, const T *gate_up, const int *ids, 
 // out[token, h] (+)= Σ_k weight_k · (down_k[h] · mid[token, k]). Grid: x over hidden, y = token.
 extern "C" __global__ void reduce(const T *mid, const T *down, const int *ids, const float *weights,
                                   int hidden, int inner, int top_k, int add_to, T *out) {
-    wait_for_previous();
     let_next_start();
+    wait_for_previous();
     int h = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x & 31;
     if (h >= hidden) return;
     float total = 0.f;

@@ -24,8 +24,8 @@ __device__ float uniform(u32 k0, u32 k1, u32 position) {
 
 // stats [rows, chunks]: (max, index of it as bits, Σ exp((x − max) / temperature)). A warp a chunk.
 extern "C" __global__ void survey(const float *logits, const float *temperature, int vocab, int chunks, float4 *stats) {
-    wait_for_previous();
     let_next_start();
+    wait_for_previous();
     int chunk = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x & 31, row = blockIdx.y;
     if (chunk >= chunks) return;
     const float *x = logits + (long long)row * vocab;
@@ -56,8 +56,8 @@ extern "C" __global__ void __launch_bounds__(1024)
 choose(const float *logits, const float4 *stats, const float *temperature, const int *top_k,
        const float *top_p, const float *min_p, const int2 *seed, const int *position, const int *slots,
        int vocab, int chunks, int *token_table, int *tokens) {
-    wait_for_previous();
     let_next_start();
+    wait_for_previous();
     __shared__ u64 mass[256];
     __shared__ u32 count[256];
     __shared__ u64 scan[1024];
@@ -235,8 +235,8 @@ choose(const float *logits, const float4 *stats, const float *temperature, const
 extern "C" __global__ void __launch_bounds__(1024)
 logprobs(const float *logits, const int *targets, int vocab, int top, float *logprob, int *rank,
          int *top_ids, float *top_logprobs) {
-    wait_for_previous();
     let_next_start();
+    wait_for_previous();
     __shared__ u64 best;
     __shared__ int above;
     const float *x = logits + (long long)blockIdx.x * vocab;

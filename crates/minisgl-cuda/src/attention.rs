@@ -1,10 +1,13 @@
 //! Paged attention: decode rows split along their context, the others in tiles of queries.
 
+use std::ffi::c_void;
+
 use minisgl_tensor::{Attention, BackendError, DType, Heads, Result, Tensor};
 
 use crate::backend::CudaBackend;
 use crate::device::Launch;
 use crate::kernels::Module;
+use crate::tiles::Matrix;
 
 /// As `Args` in `kernels/attention.cu`.
 #[repr(C)]
@@ -79,6 +82,9 @@ impl CudaBackend {
             return Ok(());
         }
         args.first_row = decode_rows as i32;
+        if self.has_warpgroups() && takes_tiles(heads, batch.page_size) {
+            return self.prefill(a, &args, rows);
+        }
         let longest = batch.extend_len_max.max(1);
         let function = self.kernels.get(
             Module::Attention,
@@ -120,4 +126,52 @@ impl CudaBackend {
         // SAFETY: as in `attention_op`.
         unsafe { self.device.launch_struct(function, shape, args) }
     }
+
+    fn prefill(&self, a: &Attention<'_>, args: &Args, rows: usize) -> Result<()> {
+        let (heads, page_size) = (a.heads, a.batch.page_size);
+        let cache_rows = a.kv.k.elements() / heads.dim;
+        let map = |pages: &Tensor| {
+            let (rows, cols) = (cache_rows, heads.dim);
+            Matrix { address: pages.address(), rows, cols, box_rows: page_size.min(128) }.map()
+        };
+        let (k, v) = (map(&a.kv.k)?, map(&a.kv.v)?);
+        let pairs = a.batch.extend_len_max.max(1) * (heads.q / heads.kv);
+        let items = pairs.div_ceil(PAIRS) * rows * heads.kv;
+        let (rows, items_i32, nowhere) = (rows as i32, items as i32, cache_rows as i32);
+        let function =
+            self.kernels.get(Module::Prefill, &[("DIM", heads.dim as i32)], "prefill")?;
+        let shape = Launch {
+            grid: [items.min(self.device.multiprocessors), 1, 1],
+            threads: 384,
+            // Q, two tiles of K and two of V, and room to align them.
+            shared: 5 * PAIRS * heads.dim * 2 + 1024,
+        };
+        let mut words = [
+            address_of(&k),
+            address_of(&v),
+            address_of(args),
+            address_of(&rows),
+            address_of(&items_i32),
+            address_of(&nowhere),
+        ];
+        // SAFETY: the kernel's parameters in order; the maps cover the cache, the rest is the step's.
+        unsafe { self.device.launch_raw(function, shape, &mut words) }
+    }
+
+    /// Whether the card has the products of four warps, which 9.0 has and 10.0 has no more.
+    pub(crate) fn has_warpgroups(&self) -> bool {
+        !self.exact && self.device.capability == (9, 0)
+    }
+}
+
+/// (token, head of the group) pairs that `kernels/prefill.cu` takes at once.
+const PAIRS: usize = 128;
+
+/// Whether K and V can be fetched in whole boxes of swizzled rows.
+fn takes_tiles(heads: Heads, page_size: usize) -> bool {
+    matches!(heads.dim, 64 | 128) && page_size.is_power_of_two() && page_size >= 8
+}
+
+fn address_of<T>(value: &T) -> *mut c_void {
+    std::ptr::from_ref(value).cast_mut().cast()
 }

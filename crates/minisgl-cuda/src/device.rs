@@ -15,6 +15,8 @@ pub(crate) struct Device {
     /// Compute capability: `(9, 0)`.
     pub(crate) capability: (i32, i32),
     pub(crate) multiprocessors: usize,
+    /// The most shared memory that a block may have.
+    shared_max: i32,
 }
 
 // SAFETY: driver handles may be used from any thread; every use first makes the context current.
@@ -81,6 +83,7 @@ impl Device {
             name: result::device::get_name(handle).map_err(|e| driver("cuDeviceGetName", e))?,
             capability,
             multiprocessors: attribute(A::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize,
+            shared_max: attribute(A::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
         })
     }
 
@@ -134,6 +137,25 @@ impl Device {
             .map_err(|e| driver("cuStreamSynchronize", e))
     }
 
+    /// Lets a kernel be launched with all the shared memory that a block can have.
+    pub(crate) fn allow_shared(&self, function: Function) -> Result<()> {
+        use sys::CUfunction_attribute as A;
+        // SAFETY: `function` belongs to a module that is never unloaded.
+        unsafe {
+            let fixed = result::function::get_function_attribute(
+                function.0,
+                A::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES,
+            )
+            .map_err(|e| driver("cuFuncGetAttribute", e))?;
+            result::function::set_function_attribute(
+                function.0,
+                A::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+                self.shared_max - fixed,
+            )
+        }
+        .map_err(|e| driver("cuFuncSetAttribute", e))
+    }
+
     /// Enqueues a kernel. It may start while the one before drains: kernels wait for their
     /// predecessor themselves (see `kernels/common.cuh`).
     ///
@@ -170,7 +192,11 @@ impl Device {
         }
     }
 
-    unsafe fn launch_raw(
+    /// As `launch`, with the arguments' addresses.
+    ///
+    /// # Safety
+    /// As `launch`.
+    pub(crate) unsafe fn launch_raw(
         &self,
         function: Function,
         shape: Launch,

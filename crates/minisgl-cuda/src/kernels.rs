@@ -20,6 +20,7 @@ pub enum Module {
     Elementwise,
     Gemv,
     Attention,
+    Prefill,
     Sample,
     Moe,
 }
@@ -30,6 +31,12 @@ impl Module {
             Module::Elementwise => include_str!("../kernels/elementwise.cu"),
             Module::Gemv => include_str!("../kernels/gemv.cu"),
             Module::Attention => include_str!("../kernels/attention.cu"),
+            Module::Prefill => {
+                concat!(
+                    include_str!("../kernels/hopper.cuh"),
+                    include_str!("../kernels/prefill.cu")
+                )
+            }
             Module::Sample => include_str!("../kernels/sample.cu"),
             Module::Moe => include_str!("../kernels/moe.cu"),
         }
@@ -74,6 +81,7 @@ impl Kernels {
         // SAFETY: the module was just loaded and is never unloaded.
         let function = unsafe { result::module::get_function(loaded, symbol) }
             .map_err(|e| driver(&format!("finding {name} in {module:?}"), e))?;
+        self.device.allow_shared(Function(function))?;
         functions.insert(key, Function(function));
         Ok(Function(function))
     }

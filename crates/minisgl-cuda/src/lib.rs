@@ -17,6 +17,7 @@ mod linear;
 mod moe;
 mod sampling;
 mod staging;
+mod tiles;
 mod weights;
 
 pub use backend::{CudaBackend, CudaOptions};

@@ -29,6 +29,9 @@ fn kernels_compile_without_spills() {
                 }
             }
         }
+        for dim in [64, 128].into_iter().filter(|_| arch == "sm_90a") {
+            check(Module::Prefill, &[("DIM", dim)], arch, false, true);
+        }
         for halves in [1, 2] {
             for (gated, norm) in [(0, 0), (0, 1), (1, 1)] {
                 let defines =

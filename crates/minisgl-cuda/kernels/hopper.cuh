@@ -1,0 +1,177 @@
+// What only compute capability 9.0 has: barriers that count bytes, copies of tiles by the bulk copy
+// engine, and products of four warps. Semantics: PTX ISA, "Asynchronous Warpgroup Level Matrix
+// Instructions" and "Asynchronous copy".
+
+struct __align__(128) TensorMap { u64 opaque[16]; };
+
+__device__ __forceinline__ u32 shared_address(const void *p) { return u32(__cvta_generic_to_shared(p)); }
+
+__device__ __forceinline__ void barrier_init(u32 barrier, u32 arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(barrier), "r"(arrivals) : "memory");
+}
+// Arrives, and makes the phase wait for so many bytes, too.
+__device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(barrier), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void barrier_arrive(u32 barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(barrier) : "memory");
+}
+__device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
+    u32 done;
+    do {
+        asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+                     "selp.u32 %0, 1, 0, p;\n}" : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
+    } while (!done);
+}
+// Of `threads` threads: a barrier of its own number.
+__device__ __forceinline__ void named_barrier(int number, int threads) {
+    asm volatile("bar.sync %0, %1;" :: "r"(number), "r"(threads) : "memory");
+}
+// Ordinary writes to shared memory become visible to the copy engine and the products.
+__device__ __forceinline__ void publish_shared() {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+// The box at column `x`, row `y` of the map's matrix; rows outside of it give zeros.
+__device__ __forceinline__ void fetch_box(u32 to, const TensorMap &map, u32 barrier, int x, int y) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
+                 "[%0], [%1, {%3, %4}], [%2];"
+                 :: "r"(to), "l"(&map), "r"(barrier), "r"(x), "r"(y) : "memory");
+}
+
+// A factor in shared memory: rows of 128 bytes in the 128-byte swizzle, groups of 8 rows behind one
+// another. `columns_apart`: bytes between blocks of 64 columns, where the columns are not summed over.
+__device__ __forceinline__ u64 factor(u32 address, u32 columns_apart = 16) {
+    return u64((address & 0x3ffff) >> 4) | u64(columns_apart >> 4) << 16 | u64(1024 >> 4) << 32 | 1ull << 62;
+}
+__device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+// Waits until at most `PENDING` groups of products are under way.
+template <int PENDING> __device__ __forceinline__ void products_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(PENDING) : "memory");
+}
+// Keeps registers where they are: nothing moves over this.
+template <int N> __device__ __forceinline__ void pin(float (&d)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i]) :: "memory");
+}
+template <int N> __device__ __forceinline__ void pin(u32 (&d)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; i++) asm volatile("" : "+r"(d[i]) :: "memory");
+}
+
+#define SUMS_4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define SUMS_8(d, i) SUMS_4(d, i), SUMS_4(d, i + 4)
+#define SUMS_16(d, i) SUMS_8(d, i), SUMS_8(d, i + 8)
+#define SUMS_32(d, i) SUMS_16(d, i), SUMS_16(d, i + 16)
+#define SUMS_64(d, i) SUMS_32(d, i), SUMS_32(d, i + 32)
+#define SUMS_128(d, i) SUMS_64(d, i), SUMS_64(d, i + 64)
+
+// d[64 × N] (+)= a[64 × 16] · b[16 × N]. Lane (g, t) of warp w holds d[4j + 2h + e]: row
+// 16w + g + 8h, column 8j + 2t + e.
+template <int N> struct Product;
+
+template <> struct Product<8> {
+    // Both factors from shared memory; `accumulate` 0 starts a new sum.
+    template <int TRANSPOSED_B>
+    static __device__ __forceinline__ void shared(float (&d)[4], u64 a, u64 b, int accumulate) {
+        asm volatile(
+            "{\n.reg .pred p;\nsetp.ne.b32 p, %6, 0;\n"
+            "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3"
+            "}, %4, %5, p, 1, 1, 0, %7;\n}"
+            : SUMS_4(d, 0) : "l"(a), "l"(b), "r"(accumulate), "n"(TRANSPOSED_B));
+    }
+};
+template <> struct Product<16> {
+    // Both factors from shared memory; `accumulate` 0 starts a new sum.
+    template <int TRANSPOSED_B>
+    static __device__ __forceinline__ void shared(float (&d)[8], u64 a, u64 b, int accumulate) {
+        asm volatile(
+            "{\n.reg .pred p;\nsetp.ne.b32 p, %10, 0;\n"
+            "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7"
+            "}, %8, %9, p, 1, 1, 0, %11;\n}"
+            : SUMS_8(d, 0) : "l"(a), "l"(b), "r"(accumulate), "n"(TRANSPOSED_B));
+    }
+};
+template <> struct Product<32> {
+    // Both factors from shared memory; `accumulate` 0 starts a new sum.
+    template <int TRANSPOSED_B>
+    static __device__ __forceinline__ void shared(float (&d)[16], u64 a, u64 b, int accumulate) {
+        asm volatile(
+            "{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\n"
+            "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+            "}, %16, %17, p, 1, 1, 0, %19;\n}"
+            : SUMS_16(d, 0) : "l"(a), "l"(b), "r"(accumulate), "n"(TRANSPOSED_B));
+    }
+};
+template <> struct Product<64> {
+    // Both factors from shared memory; `accumulate` 0 starts a new sum.
+    template <int TRANSPOSED_B>
+    static __device__ __forceinline__ void shared(float (&d)[32], u64 a, u64 b, int accumulate) {
+        asm volatile(
+            "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
+            "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+            "}, %32, %33, p, 1, 1, 0, %35;\n}"
+            : SUMS_32(d, 0) : "l"(a), "l"(b), "r"(accumulate), "n"(TRANSPOSED_B));
+    }
+    // The first factor from registers; adds to the sums.
+    template <int TRANSPOSED_B>
+    static __device__ __forceinline__ void registers(float (&d)[32], const u32 *a, u64 b) {
+        asm volatile(
+            "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+            "}, {%32, %33, %34, %35}, %36, 1, 1, 1, %37;"
+            : SUMS_32(d, 0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(TRANSPOSED_B));
+    }
+};
+template <> struct Product<128> {
+    // Both factors from shared memory; `accumulate` 0 starts a new sum.
+    template <int TRANSPOSED_B>
+    static __device__ __forceinline__ void shared(float (&d)[64], u64 a, u64 b, int accumulate) {
+        asm volatile(
+            "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
+            "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+            "}, %64, %65, p, 1, 1, 0, %67;\n}"
+            : SUMS_64(d, 0) : "l"(a), "l"(b), "r"(accumulate), "n"(TRANSPOSED_B));
+    }
+    // The first factor from registers; adds to the sums.
+    template <int TRANSPOSED_B>
+    static __device__ __forceinline__ void registers(float (&d)[64], const u32 *a, u64 b) {
+        asm volatile(
+            "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+            "}, {%64, %65, %66, %67}, %68, 1, 1, 1, %69;"
+            : SUMS_64(d, 0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(TRANSPOSED_B));
+    }
+};
+template <> struct Product<256> {
+    // Both factors from shared memory; `accumulate` 0 starts a new sum.
+    template <int TRANSPOSED_B>
+    static __device__ __forceinline__ void shared(float (&d)[128], u64 a, u64 b, int accumulate) {
+        asm volatile(
+            "{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n"
+            "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
+        "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
+        "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
+        "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
+        "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+            "}, %128, %129, p, 1, 1, 0, %131;\n}"
+            : SUMS_128(d, 0) : "l"(a), "l"(b), "r"(accumulate), "n"(TRANSPOSED_B));
+    }
+};
