@@ -1,1 +1,21 @@
-//! See ARCHITECTURE.md.
+//! Text to tokens and back: tokenizer, chat template, incremental detokenizer, stop strings.
+//!
+//! [`TextModel`] is what a model says about its text, from a folder in Hugging Face layout or from
+//! a GGUF file's metadata. Reading order: `text_model` (the front door), `tokenizer`, `gguf_vocab`
+//! (a GGUF vocabulary made into one), `template` (chat to text), then `detokenizer` and `stop`
+//! (tokens to text).
+#![forbid(unsafe_code)]
+
+mod detokenizer;
+mod gguf_vocab;
+mod stop;
+mod template;
+mod text_model;
+mod tokenizer;
+
+pub use detokenizer::Detokenizer;
+pub use gguf_vocab::{GgufTokenType, GgufVocab};
+pub use stop::{StopMatcher, StopOutcome};
+pub use template::{ChatRequest, ChatTemplate};
+pub use text_model::{TextError, TextModel};
+pub use tokenizer::{Special, Tokenizer};
