@@ -1,0 +1,76 @@
+//! What can be seen of a scheduler from outside while it runs.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+/// Gauges and counters, written by the scheduler's thread alone and read by anybody.
+#[derive(Debug, Default)]
+pub struct SchedulerStats {
+    /// Gauge: requests that hold a slot.
+    pub running: AtomicU64,
+    /// Gauge: requests that wait for one.
+    pub waiting: AtomicU64,
+    /// Pages in the pool.
+    pub pages: AtomicU64,
+    /// Gauge: pages that hold nothing.
+    pub pages_free: AtomicU64,
+    /// Gauge: pages that the prefix cache could give back at once.
+    pub pages_cached: AtomicU64,
+    /// Gauge: rows of the last step.
+    pub batch_rows: AtomicU64,
+    /// Gauge: tokens computed by the last step.
+    pub batch_tokens: AtomicU64,
+    /// Counter: steps finished.
+    pub steps: AtomicU64,
+    /// Counter: prompt tokens of admitted requests.
+    pub prompt_tokens: AtomicU64,
+    /// Counter: of these, found in the prefix cache.
+    pub cached_tokens: AtomicU64,
+    /// Counter: tokens generated.
+    pub generated_tokens: AtomicU64,
+    /// Counter: requests taken in.
+    pub submitted: AtomicU64,
+    /// Counter: requests that ended in any way, refusals with them.
+    pub finished: AtomicU64,
+    /// Counter: times that a running request had to give its pages up.
+    pub preemptions: AtomicU64,
+}
+
+/// Sets a gauge.
+pub(crate) fn set(gauge: &AtomicU64, value: usize) {
+    gauge.store(value as u64, Ordering::Relaxed);
+}
+
+/// Adds to a counter.
+pub(crate) fn add(counter: &AtomicU64, value: usize) {
+    counter.fetch_add(value as u64, Ordering::Relaxed);
+}
+
+/// Where the time of one step went on the scheduler's thread.
+#[derive(Clone, Copy, Debug)]
+pub struct StepTimes {
+    /// As in the plan.
+    pub step: u64,
+    /// Requests in it.
+    pub rows: usize,
+    /// Tokens that it computed.
+    pub tokens: usize,
+    /// When planning began.
+    pub planned_at: Instant,
+    /// Choosing requests and pages.
+    pub plan: Duration,
+    /// Handing the plan to the engine.
+    pub launch: Duration,
+    /// When the scheduler began to wait for its tokens.
+    pub waited_at: Instant,
+    /// Waiting for its tokens.
+    pub wait: Duration,
+    /// Handing out its tokens.
+    pub commit: Duration,
+}
+
+/// Told of every step behind its commit, on the scheduler's thread: traces and histograms.
+pub trait StepObserver: Send + Sync {
+    /// One step's times. Must not block.
+    fn step(&self, times: &StepTimes);
+}
