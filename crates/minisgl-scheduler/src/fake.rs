@@ -55,8 +55,11 @@ pub enum NextToken {
     /// By a hash of the position and the seed alone: constant work a row, and nothing is checked.
     Position,
     /// By this function of the whole sequence.
-    Call(Arc<dyn Fn(&[u32]) -> u32 + Send + Sync>),
+    Call(Arc<NextTokenFn>),
 }
+
+/// From a sequence to the token that follows it.
+pub type NextTokenFn = dyn Fn(&[u32]) -> u32 + Send + Sync;
 
 impl NextToken {
     /// Answers every prompt with these tokens, then with `end` for ever.

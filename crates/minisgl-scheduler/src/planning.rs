@@ -133,9 +133,11 @@ impl<E: Engine, S: OutputSink> Scheduler<E, S> {
         if running.computed_len == running.len() {
             running.phase = Phase::Decode;
         }
-        running.token_in_flight = output.sampling().is_some();
         running.steps_end = self.steps_launched + 1;
-        draft.adjusted |= running.token_in_flight && running.request.is_adjusted();
+        if output.sampling().is_some() {
+            running.tokens_in_flight += 1;
+            draft.adjusted |= running.request.is_adjusted();
+        }
         draft.budget -= extend_len;
         draft.rows.push(PlanRow { slot, cached_len, extend_len: extend_len as u32, input, output });
     }

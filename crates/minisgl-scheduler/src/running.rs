@@ -33,8 +33,8 @@ pub(crate) struct Running {
     page_updates: Vec<PageUpdate>,
     /// Tokens whose K and V are in pages once all launched steps have run.
     pub computed_len: usize,
-    /// Whether a step in flight samples a token for it.
-    pub token_in_flight: bool,
+    /// Tokens that steps in flight sample for it.
+    pub tokens_in_flight: usize,
     /// The number of steps after which none that was launched has it.
     pub steps_end: u64,
 }
@@ -48,14 +48,14 @@ impl Running {
             holding,
             page_updates: Vec::new(),
             computed_len: 0,
-            token_in_flight: false,
+            tokens_in_flight: 0,
             steps_end: 0,
         }
     }
 
-    /// Tokens that it has, the one in flight with them.
+    /// Tokens that it has, those in flight with them.
     pub fn len(&self) -> usize {
-        self.request.tokens.len() + usize::from(self.token_in_flight)
+        self.request.tokens.len() + self.tokens_in_flight
     }
 
     /// Whether it can go into further steps.
