@@ -139,7 +139,10 @@ fn a_failing_or_panicking_rank_ends_the_engine_in_order() {
         let third = engine.launch(plan(step(at))).unwrap();
         let fourth = engine.launch(plan(step(at + 1))).unwrap();
         let fifth = engine.launch(plan(step(at + 2)));
-        assert!(engine.wait(third).is_ok() || fifth.is_err());
+        // By now the fourth may have failed, and then what the third gave is not asked for.
+        if let Ok(third) = engine.wait(third) {
+            assert_eq!(third.tokens, [Some(tiny.tokens[2])]);
+        }
         let error = engine.wait(fourth).unwrap_err().to_string();
         let said = if panics { "the test made this panic" } else { "pulled the plug" };
         assert!(error.contains("rank 0") && error.contains(said), "{error}");
