@@ -3,6 +3,7 @@
 #![expect(dead_code, reason = "each test file uses a part of this")]
 
 use std::collections::BTreeMap;
+use std::sync::atomic::Ordering::Relaxed;
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex};
 
@@ -26,6 +27,8 @@ pub struct Outcome {
 /// What a scheduler left behind.
 pub struct Served {
     pub outcomes: BTreeMap<u64, Outcome>,
+    /// Whose first token came when.
+    pub first_tokens: Vec<u64>,
     pub stats: Arc<SchedulerStats>,
     pub result: Result<(), EngineError>,
 }
@@ -101,12 +104,16 @@ pub fn serve_from(
     engine: impl Engine,
     options: SchedulerOptions,
 ) -> Served {
-    let outcomes = Arc::new(Mutex::new(BTreeMap::<u64, Outcome>::new()));
+    let noted = Arc::new(Mutex::new((BTreeMap::<u64, Outcome>::new(), Vec::new())));
     let sink = {
-        let outcomes = Arc::clone(&outcomes);
+        let noted = Arc::clone(&noted);
         move |outputs: Vec<Output>| {
-            let mut outcomes = outcomes.lock().unwrap();
+            let (outcomes, first_tokens) = &mut *noted.lock().unwrap();
             for output in outputs {
+                let said = outcomes.get(&output.id.0).map_or(0, |outcome| outcome.tokens.len());
+                if output.token.is_some() && said == 0 {
+                    first_tokens.push(output.id.0);
+                }
                 note(outcomes.entry(output.id.0).or_default(), output);
             }
         }
@@ -114,11 +121,18 @@ pub fn serve_from(
     let scheduler = Scheduler::new(engine, options, commands, sink);
     let stats = scheduler.stats();
     let result = scheduler.run();
-    let outcomes = std::mem::take(&mut *outcomes.lock().unwrap());
+    let (outcomes, first_tokens) = std::mem::take(&mut *noted.lock().unwrap());
     for (id, outcome) in &outcomes {
         assert!(outcome.finish.is_some(), "request {id} never ended: {outcome:?}");
     }
-    Served { outcomes, stats, result }
+    if result.is_ok() {
+        let [all, free, cached] = [&stats.pages, &stats.pages_free, &stats.pages_cached];
+        assert_eq!(free.load(Relaxed) + cached.load(Relaxed), all.load(Relaxed), "pages are held");
+        assert_eq!(stats.running.load(Relaxed) + stats.waiting.load(Relaxed), 0);
+    }
+    let (submitted, finished) = (stats.submitted.load(Relaxed), stats.finished.load(Relaxed));
+    assert_eq!((submitted, finished), (outcomes.len() as u64, outcomes.len() as u64));
+    Served { outcomes, first_tokens, stats, result }
 }
 
 fn note(outcome: &mut Outcome, output: Output) {
@@ -158,5 +172,18 @@ impl<L: FnMut(&StepPlan), W: FnMut(&StepPlan)> Engine for Hooked<L, W> {
 
     fn limits(&self) -> EngineLimits {
         self.engine.limits()
+    }
+}
+
+/// SplitMix64 (Steele, Lea and Flood, 2014).
+pub struct Random(pub u64);
+
+impl Random {
+    /// Below `bound`, or 0.
+    pub fn below(&mut self, bound: usize) -> usize {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mixed = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (mixed ^ (mixed >> 31)) as usize % bound.max(1)
     }
 }
