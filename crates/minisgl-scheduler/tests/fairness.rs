@@ -1,0 +1,125 @@
+//! Nobody waits too long for anybody.
+
+mod common;
+
+use std::collections::HashMap;
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::mpsc::channel;
+
+use common::{Hooked, engine, greedy, limits, options, prompt, request, serve, serve_from, submit};
+use minisgl_scheduler::SchedulerOptions;
+use minisgl_scheduler::engine::EngineLimits;
+use minisgl_scheduler::message::Command;
+use minisgl_scheduler::plan::{RowInput, StepPlan};
+
+/// Long prompts keep coming while eight requests generate: each of these has a row in every step.
+#[test]
+fn running_requests_get_a_token_in_every_step_whatever_arrives() {
+    for overlap in [true, false] {
+        let limits = EngineLimits { pages: 4096, ..limits() };
+        let (sender, receiver) = channel();
+        for id in 0..8 {
+            sender.send(submit(request(id, prompt(id as u32, 8), greedy(200)))).unwrap();
+        }
+        let mut arrived = 0;
+        let on_launch = move |plan: &StepPlan| {
+            assert!(plan.tokens() <= 128);
+            if (1..150).contains(&plan.step) {
+                let decodes = plan.rows.iter().take_while(|row| row.input == RowInput::Sampled);
+                let running: Vec<u32> = decodes.map(|row| row.slot.0).collect();
+                assert!((0..8).all(|slot| running.contains(&slot)), "{:?}", plan.step);
+            }
+            if plan.step % 10 == 3 && arrived < 12 {
+                let long = request(100 + arrived, prompt(50 + arrived as u32, 500), greedy(5));
+                sender.send(submit(long)).unwrap();
+                arrived += 1;
+            }
+            if arrived == 12 {
+                sender.send(Command::Drain).unwrap();
+            }
+        };
+        let engine = Hooked { engine: engine(limits), on_launch, on_wait: |_: &StepPlan| {} };
+        let served = serve_from(receiver, engine, SchedulerOptions { overlap, ..options() });
+        assert_eq!(served.outcomes.len(), 20);
+        assert_eq!(served.stats.preemptions.load(Relaxed), 0);
+    }
+}
+
+/// Even where memory is short, a request that decodes is either in every step or preempted: it
+/// never has to sit a step out.
+#[test]
+fn nobody_stalls_while_others_are_preempted() {
+    let mut stalls = 0;
+    let mut steps = 0;
+    let mut next_len = HashMap::new();
+    let mut last_step = HashMap::new();
+    let limits = EngineLimits { page_size: 1, pages: 400, ..limits() };
+    let on_launch = |plan: &StepPlan| {
+        steps += 1;
+        for row in &plan.rows {
+            let continues = next_len.insert(row.slot, row.device_len()) == Some(row.cached_len);
+            let before = last_step.insert(row.slot, plan.step);
+            if row.input == RowInput::Sampled && continues && before != Some(plan.step - 1) {
+                stalls += 1;
+            }
+        }
+    };
+    let engine = Hooked { engine: engine(limits), on_launch, on_wait: |_: &StepPlan| {} };
+    let many = (0..40).map(|id| submit(request(id, prompt(id as u32, 20), greedy(60))));
+    let served = serve(engine, options(), many);
+    assert!(served.stats.preemptions.load(Relaxed) > 0);
+    assert_eq!(stalls, 0, "in {steps} steps");
+}
+
+/// A request that does not fit yet lets some small ones pass, and then has its turn.
+#[test]
+fn a_large_request_neither_starves_nor_is_starved() {
+    for overlap in [true, false] {
+        let limits = EngineLimits { pages: 100, ..limits() };
+        // The first takes 60 pages, and the large one needs 80.
+        let first = request(0, prompt(0, 200), greedy(40));
+        let large = request(1, prompt(1, 300), greedy(20));
+        let small = (2..300).map(|id| request(id, prompt(id as u32, 12), greedy(20)));
+        let commands = [first, large].into_iter().chain(small).map(submit);
+        let served = serve(engine(limits), SchedulerOptions { overlap, ..options() }, commands);
+        let place = |id| served.first_tokens.iter().position(|other| *other == id).unwrap();
+        assert_eq!(place(0), 0);
+        let passed = place(1) - 1;
+        assert!((4..=16).contains(&passed), "{passed} small ones passed the large one");
+        assert_eq!(served.first_tokens.len(), 300);
+    }
+}
+
+/// Requests of the same size begin in the order in which they came.
+#[test]
+fn equals_are_served_in_order() {
+    let many = (0..200).map(|id| submit(request(id, prompt(id as u32, 40), greedy(10))));
+    let served = serve(engine(limits()), options(), many);
+    assert!(served.first_tokens.is_sorted(), "{:?}", served.first_tokens);
+}
+
+/// More requests than tokens in a step, or than slots: all get on.
+#[test]
+fn a_small_budget_is_shared_by_all() {
+    let limits = EngineLimits { step_tokens_max: 5, ..limits() };
+    let many = |max: u64| (0..max).map(|id| submit(request(id, prompt(id as u32, 30), greedy(10))));
+    let served = serve(engine(limits), options(), many(12));
+    let roomy = serve(engine(common::limits()), options(), many(12));
+    assert_eq!(served.all_tokens(), roomy.all_tokens());
+}
+
+/// The pool is too small by far, and yet every request ends with the right number of tokens.
+#[test]
+fn an_exhausted_pool_serves_everybody() {
+    for (pages, slots) in [(30, 64), (13, 64), (64, 2)] {
+        let limits = EngineLimits { pages, slots, ..limits() };
+        let many = (0..100).map(|id| {
+            let len = 1 + (id as usize * 11) % 30;
+            submit(request(id, prompt(id as u32, len), greedy(1 + (id as u32 * 7) % 20)))
+        });
+        let served = serve(engine(limits), options(), many);
+        for id in 0..100 {
+            assert_eq!(served.tokens(id).len(), 1 + (id as usize * 7) % 20);
+        }
+    }
+}
