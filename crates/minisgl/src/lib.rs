@@ -1,7 +1,7 @@
 //! Mini-SGLang in Rust: an LLM inference and serving engine.
 //!
 //! Reading order: `options` (what a user can say), `source` (where models come from), `devices`
-//! (backends, and the engine over them), `llm` (prompts in, completions out), `batch` (files of
+//! (backends, and the engine over them), `runtime` (engine and text joined), `llm` (prompts in, completions out), `batch` (files of
 //! them), `bench` (workloads and single steps, for measuring).
 
 pub mod batch;
@@ -9,4 +9,5 @@ pub mod bench;
 pub mod devices;
 pub mod llm;
 pub mod options;
+pub mod runtime;
 pub mod source;

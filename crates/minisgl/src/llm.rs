@@ -1,7 +1,145 @@
 //! Offline use: prompts in, completions out.
 
+use std::collections::VecDeque;
+use std::path::Path;
+
+use anyhow::{Context, Result, anyhow};
+use minisgl_frontend::{Event, Frontend, GenerateRequest, Generation, Usage};
+use minisgl_scheduler::message::FinishReason;
 use minisgl_scheduler::sampling::SamplingParams;
+use minisgl_text::ChatRequest;
 use serde_json::Value;
+
+use crate::options::{Device, Dtype, RuntimeOptions};
+use crate::runtime::Runtime;
+
+/// A model that answers prompts, many at once.
+///
+/// ```no_run
+/// use minisgl::llm::{GenerateParams, Llm};
+///
+/// # fn main() -> anyhow::Result<()> {
+/// let llm = Llm::builder().model("Qwen/Qwen3-0.6B").build()?;
+/// let prompts = ["The capital of France is", "Two and two are"];
+/// for completion in llm.generate(prompts, &GenerateParams::default())? {
+///     println!("{}", completion.text);
+/// }
+/// # Ok(())
+/// # }
+/// ```
+pub struct Llm {
+    runtime: Runtime,
+}
+
+/// How an [`Llm`] is made; whatever is left out is chosen as on the command line.
+#[derive(Clone, Debug, Default)]
+pub struct LlmBuilder {
+    options: RuntimeOptions,
+}
+
+impl LlmBuilder {
+    /// A `.gguf` file, a folder in Hugging Face layout, or a hub id.
+    #[must_use]
+    pub fn model(mut self, model: impl AsRef<Path>) -> Self {
+        self.options.model = Some(model.as_ref().to_string_lossy().into_owned());
+        self
+    }
+
+    /// Where it runs.
+    #[must_use]
+    pub fn device(mut self, device: Device) -> Self {
+        self.options.device = device;
+        self
+    }
+
+    /// How it computes.
+    #[must_use]
+    pub fn dtype(mut self, dtype: Dtype) -> Self {
+        self.options.dtype = dtype;
+        self
+    }
+
+    /// All that the command line can say.
+    #[must_use]
+    pub fn options(mut self, options: RuntimeOptions) -> Self {
+        self.options = options;
+        self
+    }
+
+    /// Loads the model and starts the engine.
+    ///
+    /// # Errors
+    /// If the model cannot be had, is not what it says, or does not fit.
+    pub fn build(self) -> Result<Llm> {
+        Ok(Llm { runtime: Runtime::start(&self.options)? })
+    }
+}
+
+impl Llm {
+    /// Begins to make one.
+    pub fn builder() -> LlmBuilder {
+        LlmBuilder::default()
+    }
+
+    /// Continues all prompts, together, and returns the completions in the prompts' order.
+    ///
+    /// # Errors
+    /// If a parameter is out of range, a prompt cannot be run, or the engine fails.
+    pub fn generate<P: Into<Prompt>>(
+        &self,
+        prompts: impl IntoIterator<Item = P>,
+        params: &GenerateParams,
+    ) -> Result<Vec<Completion>> {
+        params.check().map_err(|message| anyhow!(message))?;
+        let mut prompts = prompts.into_iter().map(Into::into).enumerate();
+        let mut in_flight = VecDeque::new();
+        let mut completions = Vec::new();
+        // As many as can run, and as many again to take their places.
+        let in_flight_max = 2 * self.frontend().limits().slots;
+        loop {
+            while in_flight.len() < in_flight_max
+                && let Some((index, prompt)) = prompts.next()
+            {
+                let generation = self.submit(prompt, params);
+                in_flight.push_back(generation.with_context(|| format!("prompt {index}"))?);
+            }
+            let Some(generation) = in_flight.pop_front() else { return Ok(completions) };
+            let index = completions.len();
+            let completion = Completion::collect(generation, |_| {});
+            completions.push(completion.with_context(|| format!("prompt {index}"))?);
+        }
+    }
+
+    /// Submits one prompt; its events come as they are generated.
+    ///
+    /// # Errors
+    /// If it cannot be run.
+    pub fn submit(&self, prompt: Prompt, params: &GenerateParams) -> Result<Generation> {
+        let prompt = match prompt {
+            Prompt::Text(text) => minisgl_frontend::Prompt::Text(text),
+            Prompt::Tokens(ids) => minisgl_frontend::Prompt::Tokens(ids),
+            Prompt::Chat(messages) => {
+                minisgl_frontend::Prompt::Chat(Box::new(ChatRequest::new(messages)))
+            }
+        };
+        Ok(self.frontend().submit(GenerateRequest {
+            params: params.sampling.clone(),
+            seed: params.seed,
+            stop: params.stop.clone(),
+            ..GenerateRequest::new(prompt)
+        })?)
+    }
+
+    /// What takes requests, with all that it can tell about itself.
+    pub fn frontend(&self) -> &Frontend {
+        &self.runtime.frontend
+    }
+
+    /// What the model runs on, as the backend calls itself.
+    pub fn device(&self) -> &str {
+        &self.runtime.device
+    }
+}
 
 /// What is to be continued.
 #[derive(Clone, Debug, PartialEq)]
@@ -88,4 +226,43 @@ pub struct Completion {
     pub cached_tokens: usize,
     /// Tokens generated.
     pub completion_tokens: usize,
+}
+
+impl Completion {
+    /// Waits for a submission of one choice to end, and hands out its text on the way.
+    ///
+    /// # Errors
+    /// If it was refused, aborted, or ended with the engine.
+    pub fn collect(mut generation: Generation, mut on_text: impl FnMut(&str)) -> Result<Self> {
+        let (mut text, mut token_ids) = (String::new(), Vec::new());
+        while let Some(event) = generation.blocking_recv() {
+            match event {
+                Event::Prompt { .. } => {}
+                Event::Text { text: more, tokens, .. } => {
+                    on_text(&more);
+                    text.push_str(&more);
+                    token_ids.extend(tokens.iter().map(|token| token.id));
+                }
+                Event::Finished { reason, usage, .. } => {
+                    let finish_reason = match reason {
+                        FinishReason::Stop { .. } => "stop",
+                        FinishReason::Length => "length",
+                        FinishReason::Abort => return Err(anyhow!("aborted")),
+                        FinishReason::Refused(refusal) => return Err(refusal.into()),
+                        FinishReason::Error(message) => return Err(anyhow!(message)),
+                    };
+                    let Usage { prompt_tokens, cached_tokens, completion_tokens } = usage;
+                    return Ok(Self {
+                        text,
+                        token_ids,
+                        finish_reason,
+                        prompt_tokens: prompt_tokens as usize,
+                        cached_tokens: cached_tokens as usize,
+                        completion_tokens: completion_tokens as usize,
+                    });
+                }
+            }
+        }
+        Err(anyhow!("the engine ended"))
+    }
 }

@@ -141,6 +141,15 @@ pub enum CacheType {
     Naive,
 }
 
+impl From<CacheType> for minisgl_scheduler::cache::CacheType {
+    fn from(cache: CacheType) -> Self {
+        match cache {
+            CacheType::Radix => Self::Radix,
+            CacheType::Naive => Self::Naive,
+        }
+    }
+}
+
 /// Where the model runs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Device {

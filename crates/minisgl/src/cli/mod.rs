@@ -1,8 +1,11 @@
 //! The command line.
 
+mod batch;
 pub mod bench;
+pub mod generate;
 pub mod inspect;
 pub mod models;
+mod sampling;
 
 use std::io::Write;
 
@@ -24,6 +27,8 @@ pub struct Cli {
 
 #[derive(Subcommand, Debug)]
 enum Command {
+    /// Answer a prompt, or a file of them
+    Generate(Box<generate::GenerateArgs>),
     /// Measure how fast a model runs
     Bench(bench::BenchArgs),
     /// List the architectures that run, and the models that are in the cache
@@ -39,6 +44,7 @@ impl Cli {
     /// Whatever ended the command.
     pub fn run(self) -> Result<()> {
         match self.command {
+            Command::Generate(args) => args.run(),
             Command::Bench(args) => args.run(),
             Command::Models(args) => args.run(),
             Command::Inspect(args) => args.run(),

@@ -1,30 +1,17 @@
-//! `minisgl bench`
+//! `minisgl bench steps`
 
 use anyhow::Result;
-use clap::{Args, Subcommand};
+use clap::Args;
 use minisgl::bench::StepBench;
 use minisgl::devices::LoadedEngine;
 use minisgl::options::RuntimeOptions;
 use minisgl_engine::Checkpoint;
 use serde_json::json;
 
-use super::out;
-
-/// Measure how fast a model runs.
-#[derive(Args, Debug)]
-pub struct BenchArgs {
-    #[command(subcommand)]
-    what: What,
-}
-
-#[derive(Subcommand, Debug)]
-enum What {
-    /// Decode steps of fixed batches and a prefill, on the bare engine
-    Steps(Box<StepsArgs>),
-}
+use crate::cli::out;
 
 #[derive(Args, Debug)]
-struct StepsArgs {
+pub(super) struct StepsArgs {
     /// Batch sizes to decode
     #[arg(
         long,
@@ -58,16 +45,8 @@ struct StepsArgs {
     runtime: RuntimeOptions,
 }
 
-impl BenchArgs {
-    pub(super) fn run(self) -> Result<()> {
-        match self.what {
-            What::Steps(args) => args.run(),
-        }
-    }
-}
-
 impl StepsArgs {
-    fn run(mut self) -> Result<()> {
+    pub(super) fn run(mut self) -> Result<()> {
         let largest = self.batch.iter().copied().max().unwrap_or(1).max(self.prefill_prompts);
         self.runtime.max_running_requests.get_or_insert(largest);
         let checkpoint = Checkpoint::open(self.runtime.locator().locate()?)?;

@@ -1,0 +1,31 @@
+//! `minisgl bench`
+
+mod offline;
+mod steps;
+
+use anyhow::Result;
+use clap::{Args, Subcommand};
+
+/// Measure how fast a model runs.
+#[derive(Args, Debug)]
+pub struct BenchArgs {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Subcommand, Debug)]
+enum What {
+    /// Many requests at once, token ids straight into the scheduler: the reference's benchmark
+    Offline(Box<offline::OfflineArgs>),
+    /// Decode steps of fixed batches and a prefill, on the bare engine
+    Steps(Box<steps::StepsArgs>),
+}
+
+impl BenchArgs {
+    pub(super) fn run(self) -> Result<()> {
+        match self.what {
+            What::Offline(args) => args.run(),
+            What::Steps(args) => args.run(),
+        }
+    }
+}
