@@ -1,1 +1,33 @@
-//! See ARCHITECTURE.md.
+//! The OpenAI-compatible HTTP server.
+//!
+//! A request comes through `router` to the handler of its endpoint. There its body is read and
+//! parsed (`body`, `wire`), its fields are checked (`validate`), and it is submitted to the
+//! [`Frontend`](minisgl_frontend::Frontend). Its events come back as one answer or as a stream
+//! (`reply`), in the endpoint's own form.
+//!
+//! Reading order: `serve` (connections), `router`, `chat`, `reply`, then the other endpoints:
+//! `completions`, `native` (SGLang's `/generate`), `info`, `metrics`, `openapi`. The server knows
+//! no device and no model.
+#![forbid(unsafe_code)]
+
+mod app;
+mod body;
+mod chat;
+mod completions;
+mod error;
+mod head;
+mod info;
+mod logprobs;
+mod message;
+mod metrics;
+mod native;
+mod openapi;
+mod options;
+mod reply;
+mod router;
+mod serve;
+mod validate;
+mod wire;
+
+pub use options::ServerOptions;
+pub use serve::{serve, serve_until};

@@ -1,0 +1,136 @@
+//! What every handler has: the engine, the options, and a place for work that takes time.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use minisgl_frontend::{Frontend, GenerateRequest, Generation, Prompt};
+use tokio::sync::Semaphore;
+
+use crate::error::ApiError;
+use crate::options::ServerOptions;
+use crate::validate;
+
+/// One for all connections.
+pub struct App {
+    /// The engine, as text.
+    pub frontend: Frontend,
+    /// As the server was started.
+    pub options: ServerOptions,
+    /// When that was.
+    pub started_at: Instant,
+    /// The same, in seconds since 1970.
+    pub started_unix: u64,
+    /// Set at the first signal to end.
+    draining: AtomicBool,
+    /// As many as there are cores: more threads that parse and encode would not be faster.
+    workers: Arc<Semaphore>,
+}
+
+impl App {
+    /// An app that serves until it is told to drain.
+    pub fn new(frontend: Frontend, options: ServerOptions) -> Arc<Self> {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        Arc::new(Self {
+            frontend,
+            options,
+            started_at: Instant::now(),
+            started_unix: unix_seconds(),
+            draining: AtomicBool::new(false),
+            workers: Arc::new(Semaphore::new(cores)),
+        })
+    }
+
+    /// Refuses requests from now on.
+    pub fn drain(&self) {
+        self.draining.store(true, Relaxed);
+    }
+
+    /// Whether new requests can be run.
+    ///
+    /// # Errors
+    /// 503 that says why not.
+    pub fn check_ready(&self) -> Result<(), ApiError> {
+        if let Some(failure) = self.frontend.failure() {
+            return Err(ApiError::unavailable(format!("the engine has failed: {failure}")));
+        }
+        if self.draining.load(Relaxed) {
+            return Err(ApiError::unavailable("the server is shutting down"));
+        }
+        Ok(())
+    }
+
+    /// `ready`, `draining` or `failed`.
+    pub fn status(&self) -> &'static str {
+        match (self.frontend.is_healthy(), self.draining.load(Relaxed)) {
+            (false, _) => "failed",
+            (true, true) => "draining",
+            (true, false) => "ready",
+        }
+    }
+
+    /// Runs what takes time (parsing, templates, encoding) off the async threads. What it panics
+    /// of is this request's failure alone.
+    ///
+    /// # Errors
+    /// What `work` returns, or 500.
+    pub async fn work<T: Send + 'static>(
+        self: &Arc<Self>,
+        work: impl FnOnce(&Arc<App>) -> Result<T, ApiError> + Send + 'static,
+    ) -> Result<T, ApiError> {
+        let app = Arc::clone(self);
+        let worker = Arc::clone(&self.workers).acquire_owned().await;
+        let run = move || {
+            let _worker = worker;
+            work(&app)
+        };
+        let panicked = |_| ApiError::internal("the request made the server panic");
+        tokio::task::spawn_blocking(run).await.map_err(panicked)?
+    }
+
+    /// When a request that comes now must be over.
+    pub fn deadline(&self) -> Option<tokio::time::Instant> {
+        let timeout = self.options.request_timeout?;
+        tokio::time::Instant::now().checked_add(timeout)
+    }
+
+    /// Encodes and submits prompts whose events come as one stream. Not for async threads.
+    ///
+    /// # Errors
+    /// If one is too long, or cannot be run. `prompt` names the field that they came in.
+    pub fn submit(
+        &self,
+        mut requests: Vec<GenerateRequest>,
+        prompt: &'static str,
+    ) -> Result<Generation, ApiError> {
+        for request in &mut requests {
+            let ids = self.frontend.encode(&request.prompt);
+            let ids = ids.map_err(|error| ApiError::from_submit(&error, prompt))?;
+            validate::length(ids.len(), &request.params, self.frontend.len_max(), prompt)?;
+            request.prompt = Prompt::Tokens(ids);
+        }
+        let submitted = self.frontend.submit_all(requests);
+        submitted.map_err(|error| ApiError::from_submit(&error, prompt))
+    }
+
+    /// The name that answers carry.
+    pub fn model_name(&self) -> &str {
+        self.options.model_names.first().map_or("default", String::as_str)
+    }
+
+    /// Whether a request that names a model means this one.
+    ///
+    /// # Errors
+    /// 404.
+    pub fn check_model(&self, name: Option<&str>) -> Result<(), ApiError> {
+        let name = name.unwrap_or_default();
+        let is_known = ["", "default"].contains(&name)
+            || self.options.model_names.iter().any(|known| known == name);
+        if is_known { Ok(()) } else { Err(ApiError::unknown_model(name)) }
+    }
+}
+
+/// Now, in whole seconds since 1970.
+pub fn unix_seconds() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
