@@ -2,7 +2,7 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::thread::JoinHandle;
 
 use anyhow::{Context, Result, anyhow, ensure};
@@ -22,6 +22,7 @@ pub struct LocalEngine {
     ranks: Vec<RankThread>,
     limits: EngineLimits,
     failure: Failure,
+    launched: u64,
     /// What ranks may be waiting for, to let go of them when the engine ends.
     adjustments: Vec<Weak<AdjustmentsCell>>,
 }
@@ -29,6 +30,7 @@ pub struct LocalEngine {
 /// A launched step.
 pub struct InFlight {
     plan: Arc<StepPlan>,
+    number: u64,
     collected: Receiver<Collected>,
 }
 
@@ -39,23 +41,38 @@ struct RankThread {
 
 struct Step {
     plan: Arc<StepPlan>,
+    /// How many were launched before it.
+    number: u64,
     /// Where rank 0 reports; the others drop what they have sampled.
     collected: Option<SyncSender<Collected>>,
 }
 
-/// The first thing that went wrong on any rank.
+/// The first thing that went wrong on any rank, and in which step. Steps before that one are
+/// whole: whether a caller asks for them before or after the failure makes no difference.
 #[derive(Clone, Default)]
-struct Failure(Arc<Mutex<Option<EngineError>>>);
+struct Failure(Arc<Mutex<Option<(u64, EngineError)>>>);
 
 impl Failure {
-    fn set(&self, message: &str) {
+    fn set(&self, step: u64, message: &str) {
         tracing::error!("{message}");
-        let mut first = self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        first.get_or_insert_with(|| EngineError(message.into()));
+        self.first().get_or_insert_with(|| (step, EngineError(message.into())));
     }
 
-    fn get(&self) -> Option<EngineError> {
-        self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone()
+    /// What keeps step `step` from being run or handed out.
+    fn check(&self, step: u64) -> Result<(), EngineError> {
+        match &*self.first() {
+            Some((failed, error)) if *failed <= step => Err(error.clone()),
+            _ => Ok(()),
+        }
+    }
+
+    /// Why a rank ended while step `step` was under way.
+    fn why(&self, step: u64) -> EngineError {
+        self.check(step).err().unwrap_or_else(|| EngineError("a rank has ended".into()))
+    }
+
+    fn first(&self) -> MutexGuard<'_, Option<(u64, EngineError)>> {
+        self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 }
 
@@ -121,11 +138,7 @@ impl LocalEngine {
         }
         limits.pages = pages;
         let ranks = starting.into_iter().map(|rank| rank.thread).collect();
-        Ok(Self { ranks, limits, failure, adjustments: Vec::new() })
-    }
-
-    fn error(&self) -> EngineError {
-        self.failure.get().unwrap_or_else(|| EngineError("a rank has ended".into()))
+        Ok(Self { ranks, limits, failure, launched: 0, adjustments: Vec::new() })
     }
 }
 
@@ -133,32 +146,31 @@ impl Engine for LocalEngine {
     type InFlight = InFlight;
 
     fn launch(&mut self, plan: Arc<StepPlan>) -> Result<InFlight, EngineError> {
-        if let Some(error) = self.failure.get() {
-            return Err(error);
-        }
+        let number = self.launched;
+        self.failure.check(number)?;
+        self.launched += 1;
         self.adjustments.retain(|cell| cell.strong_count() > 0);
         self.adjustments.extend(plan.adjustments.as_ref().map(Arc::downgrade));
         let (sender, collected) = sync_channel(1);
         let mut sender = Some(sender);
         for rank in &self.ranks {
-            let step = Step { plan: Arc::clone(&plan), collected: sender.take() };
+            let step = Step { plan: Arc::clone(&plan), number, collected: sender.take() };
             let steps = rank.steps.as_ref().expect("channels are closed only on drop");
-            steps.send(step).map_err(|_| self.error())?;
+            steps.send(step).map_err(|_| self.failure.why(number))?;
         }
-        Ok(InFlight { plan, collected })
+        Ok(InFlight { plan, number, collected })
     }
 
     fn wait(&mut self, in_flight: InFlight) -> Result<StepResult, EngineError> {
-        let collected = in_flight.collected.recv().map_err(|_| self.error())?;
-        let result = collected.wait(&in_flight.plan).map_err(|error| {
-            self.failure.set(&error.to_string());
-            self.error()
+        let InFlight { plan, number, collected } = in_flight;
+        let collected = collected.recv().map_err(|_| self.failure.why(number))?;
+        let result = collected.wait(&plan).map_err(|error| {
+            self.failure.set(number, &error.to_string());
+            self.failure.why(number)
         })?;
-        // Rank 0 may be done while another has failed; its next collective would only time out.
-        match self.failure.get() {
-            Some(error) => Err(error),
-            None => Ok(result),
-        }
+        // Rank 0 may be done while another has failed in the same step.
+        self.failure.check(number)?;
+        Ok(result)
     }
 
     fn limits(&self) -> EngineLimits {
@@ -226,7 +238,7 @@ impl RankStart {
             .spawn(move || {
                 let run = catch_unwind(AssertUnwindSafe(|| self.run(reports)));
                 if let Err(panic) = run {
-                    failure.set(&format!("rank {index} panicked: {}", panic_message(&*panic)));
+                    failure.set(0, &format!("rank {index} panicked: {}", panic_message(&*panic)));
                 }
             })
             .context("cannot start a thread")?;
@@ -260,7 +272,7 @@ impl RankStart {
 /// with it the senders for which callers wait.
 fn serve(mut rank: Rank, index: usize, steps: &Receiver<Step>, failure: &Failure) {
     while let Ok(step) = steps.recv() {
-        if failure.get().is_some() {
+        if failure.check(step.number).is_err() {
             return;
         }
         // Set before `step` goes, so that a caller that is let go finds out why.
@@ -272,10 +284,10 @@ fn serve(mut rank: Rank, index: usize, steps: &Receiver<Step>, failure: &Failure
                     let _ = sender.send(collected);
                 }
             }
-            Ok(Err(error)) => return failure.set(&format!("rank {index}: {error}")),
+            Ok(Err(error)) => return failure.set(step.number, &format!("rank {index}: {error}")),
             Err(panic) => {
                 let message = panic_message(&*panic);
-                return failure.set(&format!("rank {index} panicked: {message}"));
+                return failure.set(step.number, &format!("rank {index} panicked: {message}"));
             }
         }
     }
