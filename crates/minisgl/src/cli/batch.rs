@@ -4,17 +4,15 @@ use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{Read, stdin};
 use std::path::Path;
-use std::time::Duration;
 
 use anyhow::{Context, Result};
-use indicatif::{ProgressBar, ProgressStyle};
 use minisgl::batch::{BatchLine, ResultFile, read_lines};
 use minisgl::llm::{Completion, GenerateParams, Llm};
 use minisgl::options::RuntimeOptions;
 use minisgl_frontend::Generation;
 use serde_json::Value;
 
-use super::out;
+use super::{out, progress_bar};
 
 pub(super) fn run(
     input: &Path,
@@ -34,7 +32,7 @@ pub(super) fn run(
     };
     let done = results.done().min(lines.len());
     lines.drain(..done);
-    let progress = progress_bar(done, lines.len());
+    let progress = progress_bar((done + lines.len()) as u64).with_position(done as u64);
     if lines.is_empty() {
         progress.finish();
         return Ok(());
@@ -57,14 +55,6 @@ pub(super) fn run(
         Some(failure) => anyhow::bail!("the engine failed: {failure}"),
         None => Ok(()),
     }
-}
-
-fn progress_bar(done: usize, left: usize) -> ProgressBar {
-    let bar = ProgressBar::new((done + left) as u64).with_position(done as u64);
-    let style = "{bar:30} {pos}/{len}  {msg}  {eta} left";
-    bar.set_style(ProgressStyle::with_template(style).expect("the template is well-formed"));
-    bar.enable_steady_tick(Duration::from_millis(500));
-    bar
 }
 
 enum Results {

@@ -8,9 +8,11 @@ pub mod models;
 mod sampling;
 
 use std::io::Write;
+use std::time::Duration;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
+use indicatif::{ProgressBar, ProgressStyle};
 
 /// A small, fast LLM serving engine: an OpenAI-compatible server, a chat shell and offline
 /// batches, on the CPU or on NVIDIA GPUs.
@@ -57,6 +59,15 @@ fn out(text: &str) -> Result<()> {
     let mut stdout = std::io::stdout().lock();
     stdout.write_all(text.as_bytes())?;
     Ok(stdout.flush()?)
+}
+
+/// How far something has come, for people who watch; nothing where nobody does.
+fn progress_bar(len: u64) -> ProgressBar {
+    let bar = ProgressBar::new(len);
+    let style = "{bar:30} {pos}/{len}  {msg}  {eta} left";
+    bar.set_style(ProgressStyle::with_template(style).expect("the template is well-formed"));
+    bar.enable_steady_tick(Duration::from_millis(500));
+    bar
 }
 
 #[cfg(test)]
