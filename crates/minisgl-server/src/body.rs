@@ -43,8 +43,12 @@ pub async fn read(request: Request, options: &ServerOptions) -> Result<Bytes, Ap
 pub fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
     let mut json = serde_json::Deserializer::from_slice(bytes);
     let parsed = serde_path_to_error::deserialize(&mut json).map_err(|error| {
-        let path = error.path().to_string();
+        let mut path = error.path().to_string();
         let message = error.into_inner().to_string();
+        // A field that is missing, or there twice, is named by the message alone.
+        if let (".", Some(field)) = (path.as_str(), message.split('`').nth(1)) {
+            path = field.to_string();
+        }
         match path.as_str() {
             "." | "?" => ApiError::new(StatusCode::BAD_REQUEST, format!("the body: {message}")),
             _ => ApiError::invalid(path, message),
