@@ -2,6 +2,7 @@
 //! once. The load generator is in the same process and on the same cores.
 //!
 //! `cargo run --release -p minisgl-server --example front_end -- [streams] [tokens a stream]`
+#![expect(clippy::print_stdout, reason = "what it measures is for the terminal")]
 
 #[path = "../../minisgl-frontend/tests/tiny/mod.rs"]
 mod tiny;
@@ -24,11 +25,17 @@ fn main() -> Result<()> {
     let (streams, tokens) = (number(256)?, number(2000)?);
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     runtime.block_on(async {
+        // A step every 2 ms, so that each token can be a chunk of its own. Memory first, before
+        // there is any that was used and given back.
+        let paced = start(Duration::from_millis(2), streams).await?;
+        memory(&paced, streams).await?;
+        print!("with steps of 2 ms: ");
+        throughput(&paced, streams, tokens).await?;
+        drop(paced);
         let fast = start(Duration::ZERO, streams).await?;
         first_tokens(&fast).await?;
         throughput(&fast, streams, tokens).await?;
-        drop(fast);
-        memory(streams).await
+        Ok(())
     })
 }
 
@@ -65,12 +72,11 @@ async fn start(step_time: Duration, slots: usize) -> Result<Server> {
 
 fn request(tokens: usize) -> Vec<u8> {
     let body = format!(
-        r#"{{"messages": [{{"role": "user", "content": "hello there"}}], "stream": true,
-            "max_tokens": {tokens}, "ignore_eos": true, "stream_options": {{"include_usage": true}}}}"#
+        r#"{{"prompt": "hello there", "stream": true, "max_tokens": {tokens}, "ignore_eos": true, "stream_options": {{"include_usage": true}}}}"#
     );
     let length = body.len();
     format!(
-        "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\
+        "POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\
          content-type: application/json\r\ncontent-length: {length}\r\n\r\n{body}"
     )
     .into_bytes()
@@ -92,7 +98,7 @@ async fn stream(address: SocketAddr, tokens: usize) -> Result<(Duration, usize, 
         }
         let text = &buffer[..read];
         first.get_or_insert_with(|| begun.elapsed());
-        chunks += text.windows(11).filter(|window| window == b"\"delta\":{\"c").count();
+        chunks += text.windows(8).filter(|window| window == b"\"text\":\"").count();
         tail.extend_from_slice(text);
         tail.drain(..tail.len().saturating_sub(600));
     }
@@ -135,8 +141,7 @@ async fn throughput(server: &Server, streams: usize, tokens: usize) -> Result<()
 }
 
 /// Open streams whose clients do not read, so that only the server's side is in this process.
-async fn memory(streams: usize) -> Result<()> {
-    let server = start(Duration::from_millis(2), streams).await?;
+async fn memory(server: &Server, streams: usize) -> Result<()> {
     stream(server.address, 100).await?;
     let before = resident_bytes()?;
     let mut open = Vec::new();

@@ -72,9 +72,19 @@ fn generate_request(
     if fields.top_logprobs.is_some() && !fields.logprobs {
         return Err(ApiError::invalid("top_logprobs", "needs logprobs to be true"));
     }
+    validate::form(
+        fields.response_format.as_ref(),
+        fields.regex.as_deref(),
+        fields.grammar.as_deref(),
+    )?;
+    let tools = match fields.tool_choice.as_ref().map(Value::as_str) {
+        None | Some(Some("auto")) => fields.tools,
+        Some(Some("none")) => None,
+        Some(_) => return Err(ApiError::invalid("tool_choice", "is neither auto nor none")),
+    };
     let chat = ChatRequest {
         messages: messages(fields.messages)?,
-        tools: fields.tools,
+        tools,
         add_generation_prompt: fields
             .add_generation_prompt
             .unwrap_or(!fields.continue_final_message),

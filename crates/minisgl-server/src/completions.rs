@@ -74,6 +74,11 @@ fn prepare(
     if fields.suffix.as_ref().is_some_and(|suffix| !suffix.is_empty()) {
         return Err(ApiError::invalid("suffix", "is not supported"));
     }
+    validate::form(
+        fields.response_format.as_ref(),
+        fields.regex.as_deref(),
+        fields.grammar.as_deref(),
+    )?;
     let mut common = common.clone();
     if common.max_completion_tokens.is_none() {
         common.max_tokens.get_or_insert(MAX_TOKENS);

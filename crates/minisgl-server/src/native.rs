@@ -9,6 +9,7 @@ use axum::response::{IntoResponse, Response};
 use minisgl_frontend::{GenerateRequest, Prompt};
 use minisgl_scheduler::message::OutputToken;
 use minisgl_scheduler::plan::TokenLogprobs;
+use serde_json::Value;
 
 use crate::app::App;
 use crate::body;
@@ -20,7 +21,7 @@ use crate::reply::{Choice, Chunks, End, Reply, Stop, push_event};
 use crate::validate;
 use crate::wire::Prompts;
 use crate::wire::native::{
-    MetaInfo, NativeFinish, NativeLogprob, NativeMatch, NativeOutput, NativeRequest,
+    MetaInfo, NativeAnswer, NativeFinish, NativeLogprob, NativeMatch, NativeOutput, NativeRequest,
 };
 
 /// Continues texts.
@@ -47,6 +48,8 @@ pub async fn generate(State(app): State<Arc<App>>, request: Request) -> Result<R
             || request.sampling_params.n.is_some_and(|n| n > 1);
         let controls =
             validate::native_controls(&request.sampling_params, app.frontend.limits().vocab_size)?;
+        let schema = request.sampling_params.json_schema.as_ref().map(|_| &Value::Null);
+        validate::form(schema, request.sampling_params.regex.as_deref(), None)?;
         let top = validate::top_logprobs("top_logprobs_num", request.top_logprobs_num)?;
         let with_prompt = request.logprob_start_len.is_some_and(|start| start >= 0);
         let mut requests = Vec::new();
@@ -142,15 +145,12 @@ impl NativeChunks {
             progress.add(&choice.text, &choice.tokens, self.with_logprobs);
             progress.end = Some(choice.end);
         }
-        let outputs = (0..self.choices.len()).map(|index| self.output(index));
-        let mut outputs: Vec<NativeOutput<'_>> = outputs.collect();
-        match outputs.pop() {
-            Some(only) if !self.is_list => Json(only).into_response(),
-            last => {
-                outputs.extend(last);
-                Json(outputs).into_response()
-            }
-        }
+        let answer = if self.is_list {
+            NativeAnswer::Many((0..self.choices.len()).map(|index| self.output(index)).collect())
+        } else {
+            NativeAnswer::One(self.output(0))
+        };
+        Json(answer).into_response()
     }
 
     /// The state that a choice has reached.

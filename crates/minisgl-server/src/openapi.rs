@@ -17,7 +17,7 @@ use crate::wire::info::{
     DetokenizeRequest, Detokenized, Flushed, Load, Loads, ModelInfo, ModelList, ServerInfo,
     TokenizeRequest, Tokenized, Version,
 };
-use crate::wire::native::{NativeOutput, NativeRequest};
+use crate::wire::native::{NativeAnswer, NativeRequest};
 use crate::wire::sampling::Common;
 
 /// `/openapi.json`
@@ -44,7 +44,7 @@ fn openapi(has_key: bool) -> Value {
     let detokenize = api.schema::<DetokenizeRequest>();
     api.post::<ChatCompletion<'_>>("/v1/chat/completions", "Answer a chat", Some(chat));
     api.post::<Completion<'_>>("/v1/completions", "Continue texts", Some(completion));
-    api.post::<NativeOutput<'_>>("/generate", "Continue texts, in SGLang's form", Some(native));
+    api.post::<NativeAnswer<'_>>("/generate", "Continue texts, in SGLang's form", Some(native));
     api.post::<Tokenized>("/tokenize", "Text or a chat to token ids", Some(tokenize));
     api.post::<Detokenized>("/detokenize", "Token ids to text", Some(detokenize));
     api.post::<Flushed>("/flush_cache", "Empty the prefix cache of what no request uses", None);

@@ -97,7 +97,7 @@ pub async fn serve_until(
 /// A signal, or never when none can come any more.
 async fn signal(signals: &mut mpsc::Receiver<()>) {
     if signals.recv().await.is_none() {
-        std::future::pending().await
+        std::future::pending::<()>().await;
     }
 }
 

@@ -6,6 +6,7 @@ use std::ops::RangeInclusive;
 
 use minisgl_frontend::{GenerateRequest, Prompt};
 use minisgl_scheduler::sampling::SamplingParams;
+use serde_json::Value;
 
 use crate::error::ApiError;
 use crate::wire::native::NativeSampling;
@@ -148,6 +149,28 @@ pub fn native_controls(fields: &NativeSampling, vocab_size: usize) -> Result<Con
 /// If it is out of its range.
 pub fn top_logprobs(name: &'static str, value: Option<i64>) -> Result<u32, ApiError> {
     Ok(within(name, value, 0, 0..=TOP_LOGPROBS_MAX)? as u32)
+}
+
+/// Refuses what would bind the answer to a form, rather than answer in another.
+///
+/// # Errors
+/// Names the field.
+pub fn form(
+    response_format: Option<&Value>,
+    regex: Option<&str>,
+    grammar: Option<&str>,
+) -> Result<(), ApiError> {
+    let kind = response_format.map(|format| format["type"].as_str());
+    if kind.is_some_and(|kind| kind != Some("text")) {
+        return Err(ApiError::invalid("response_format", "only type text is supported"));
+    }
+    if regex.is_some() {
+        return Err(ApiError::invalid("regex", "is not supported"));
+    }
+    if grammar.is_some() {
+        return Err(ApiError::invalid("grammar", "is not supported"));
+    }
+    Ok(())
 }
 
 /// Refuses a request that cannot end within `len_max` tokens, prompt included.

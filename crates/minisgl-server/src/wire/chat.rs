@@ -15,16 +15,16 @@ pub struct ChatFields {
     /// Functions that the model may call.
     #[serde(default)]
     pub tools: Option<Vec<Value>>,
-    /// `auto`, `none`, `required`, or a function by name.
+    /// `auto` or `none`.
     #[serde(default)]
     pub tool_choice: Option<Value>,
-    /// The form of the answer: `text`, `json_object` or `json_schema`.
+    /// The form of the answer: `text`.
     #[serde(default)]
     pub response_format: Option<Value>,
-    /// A regular expression that the whole answer matches.
+    /// Refused.
     #[serde(default)]
     pub regex: Option<String>,
-    /// A grammar in Lark's form that the whole answer follows.
+    /// Refused.
     #[serde(default)]
     pub grammar: Option<String>,
     /// Report log-probabilities.
@@ -42,9 +42,6 @@ pub struct ChatFields {
     /// Further variables for the chat template.
     #[serde(default, deserialize_with = "or_null")]
     pub chat_template_kwargs: Map<String, Value>,
-    /// Put what a reasoning model thinks in `reasoning_content`; the default.
-    #[serde(default)]
-    pub separate_reasoning: Option<bool>,
 }
 
 /// The whole answer.

@@ -26,13 +26,13 @@ pub struct CompletionFields {
     /// Refused.
     #[serde(default)]
     pub suffix: Option<String>,
-    /// The form of the text: `text`, `json_object` or `json_schema`.
+    /// The form of the text: `text`.
     #[serde(default)]
     pub response_format: Option<Value>,
-    /// A regular expression that the whole text matches.
+    /// Refused.
     #[serde(default)]
     pub regex: Option<String>,
-    /// A grammar in Lark's form that the whole text follows.
+    /// Refused.
     #[serde(default)]
     pub grammar: Option<String>,
 }

@@ -74,6 +74,16 @@ pub struct NativeSampling {
     pub json_schema: Option<String>,
 }
 
+/// The whole answer.
+#[derive(Debug, Serialize, JsonSchema)]
+#[serde(untagged)]
+pub enum NativeAnswer<'a> {
+    /// To one prompt that was not given as a list, with one choice.
+    One(NativeOutput<'a>),
+    /// All choices, in the prompts' order.
+    Many(Vec<NativeOutput<'a>>),
+}
+
 /// One choice, or the state that it has reached.
 #[derive(Debug, Serialize, JsonSchema)]
 pub struct NativeOutput<'a> {

@@ -235,6 +235,11 @@ fn numbers_at_under_and_over_their_limits() {
         (CHAT, chat(r#""logprobs": true, "top_logprobs": 21"#), 400, "top_logprobs"),
         (TEXT, text(r#""logprobs": 21"#), 400, "logprobs"),
         (TEXT, text(r#""best_of": 5"#), 400, "best_of"),
+        (CHAT, chat(r#""response_format": {"type": "text"}"#), 200, ""),
+        (CHAT, chat(r#""response_format": {"type": "song"}"#), 400, "response_format"),
+        (CHAT, chat(r#""response_format": 1"#), 400, "response_format"),
+        (CHAT, chat(r#""tool_choice": "none", "tools": []"#), 200, ""),
+        (CHAT, chat(r#""tool_choice": 1"#), 400, "tool_choice"),
     ]);
     check(&server, rows);
 }
