@@ -49,7 +49,8 @@ impl ChoiceText {
     }
 
     /// Turns an output into events; true when the choice has ended by it.
-    pub(crate) fn take(&mut self, output: Output, now: Instant, stats: &FrontendStats) -> bool {
+    pub(crate) fn take(&mut self, output: Output, now: Instant, shared: &Shared) -> bool {
+        let stats = &shared.stats;
         let Output { id: _, token, cached_tokens, prompt_logprobs, finish } = output;
         if let Some(cached_tokens) = cached_tokens {
             self.usage.cached_tokens = cached_tokens;
@@ -80,7 +81,7 @@ impl ChoiceText {
             None => finish,
         };
         match reason {
-            Some(reason) => self.end(&text, token, reason, stop, stats),
+            Some(reason) => self.end(&text, token, reason, stop, shared),
             None => {
                 self.mailbox.deliver(self.choice, &text, token, None);
                 return false;
@@ -127,8 +128,11 @@ impl ChoiceText {
         token: Option<OutputToken>,
         reason: FinishReason,
         stop: Option<String>,
-        stats: &FrontendStats,
+        shared: &Shared,
     ) {
+        let stats = &shared.stats;
+        // First of all, so that who is told of the end finds the place free.
+        shared.in_flight.fetch_sub(1, Relaxed);
         let outcome = Outcome::from(&reason);
         stats.count_end(outcome);
         if matches!(outcome, Outcome::Stop | Outcome::Length) {
@@ -144,7 +148,6 @@ impl ChoiceText {
             Some(failure) => FinishReason::Error(failure.as_str().into()),
             None => FinishReason::Refused(Refusal::ShuttingDown),
         };
-        self.end("", None, reason, None, &shared.stats);
-        shared.in_flight.fetch_sub(1, Relaxed);
+        self.end("", None, reason, None, shared);
     }
 }

@@ -2,7 +2,6 @@
 
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::Ordering::Relaxed;
 use std::sync::mpsc::{Receiver, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
@@ -80,17 +79,16 @@ impl TextThread {
         // A choice that a stop string ended may have tokens under way still.
         let Some(choice) = self.choices.get_mut(&id) else { return };
         let ended_by_scheduler = output.finish.is_some();
-        let stats = &self.shared.stats;
+        let shared = &self.shared;
         // What one request's text does to its detokenizer is that request's affair alone.
-        let taken = catch_unwind(AssertUnwindSafe(|| choice.take(output, now, stats)));
+        let taken = catch_unwind(AssertUnwindSafe(|| choice.take(output, now, shared)));
         let ended = taken.unwrap_or_else(|_| {
             let reason = FinishReason::Error("its text could not be made".into());
-            choice.end("", None, reason, None, stats);
+            choice.end("", None, reason, None, shared);
             true
         });
         if ended {
             self.choices.remove(&id);
-            self.shared.in_flight.fetch_sub(1, Relaxed);
             if !ended_by_scheduler {
                 let _ = self.commands.send(Command::Abort(id));
             }

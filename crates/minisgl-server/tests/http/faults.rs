@@ -88,7 +88,9 @@ fn a_storm_of_aborts_on_a_shared_prefix_leaves_all_pages() {
 
 #[test]
 fn a_thousand_connections_past_the_bound_are_told_to_retry() {
-    let server = Setup::slow().start();
+    let mut setup = Setup::slow();
+    setup.engine.step_time.0 = Duration::from_millis(50);
+    let server = setup.start();
     let running: Vec<_> = (0..8).map(|_| server.send(TEXT, &endless(true))).collect();
     server.wait_for_in_flight(8);
     let crowd: Vec<TcpStream> = (0..1000).map(|_| server.send(TEXT, &endless(false))).collect();
@@ -200,6 +202,7 @@ fn a_failing_engine_answers_everybody_and_turns_health_off() {
     setup.engine.fail_at = Some(100);
     let server = setup.start();
     let streams: Vec<_> = (0..4).map(|_| server.send(TEXT, &endless(true))).collect();
+    server.wait_for_in_flight(4);
     let whole: Vec<_> = (0..8).map(|_| server.send(TEXT, &endless(false))).collect();
     for stream in streams {
         let events = Answer::read(&mut BufReader::new(stream)).events();

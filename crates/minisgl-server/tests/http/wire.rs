@@ -263,6 +263,7 @@ fn text_goes_to_tokens_and_back() {
 fn metrics_carry_every_name_that_gateways_read() {
     let server = Setup::says("abc").start();
     server.post(CHAT, &chat(json!({})));
+    server.settle();
     let metrics = server.get("/metrics");
     assert!(metrics.head.contains("text/plain; version=0.0.4"));
     for name in [
