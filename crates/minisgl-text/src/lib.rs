@@ -2,12 +2,13 @@
 //!
 //! [`TextModel`] is what a model says about its text, from a folder in Hugging Face layout or from
 //! a GGUF file's metadata. Reading order: `text_model` (the front door), `tokenizer`, `gguf_vocab`
-//! (a GGUF vocabulary made into one), `template` (chat to text), then `detokenizer` and `stop`
+//! (a GGUF vocabulary made into one), `template` and `python` (chat to text), then `detokenizer` and `stop`
 //! (tokens to text).
 #![forbid(unsafe_code)]
 
 mod detokenizer;
 mod gguf_vocab;
+mod python;
 mod stop;
 mod template;
 mod text_model;

@@ -3,16 +3,17 @@
 use std::fmt;
 
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Kwargs, Serde, ValueKind};
-use minijinja::{Environment, Error, ErrorKind, Output, State, Value as JinjaValue};
+use minijinja::value::Serde;
+use minijinja::{Environment, Error, ErrorKind, Value as JinjaValue};
 use serde_json::{Map, Value, json};
 
+use crate::python;
 use crate::text_model::TextError;
 
 /// Instructions that a template may run; a conversation of 1,000 messages needs about 100,000.
 const FUEL: u64 = 20_000_000;
 /// Bytes that a template may write.
-const OUTPUT_MAX: usize = 64 << 20;
+const OUTPUT_MAX: usize = 16 << 20;
 
 /// A chat as it is to be rendered.
 #[derive(Clone, Debug)]
@@ -53,6 +54,7 @@ pub struct ChatTemplate {
     environment: Environment<'static>,
     source: String,
     special_tokens: Map<String, Value>,
+    takes_parts: bool,
 }
 
 impl fmt::Debug for ChatTemplate {
@@ -77,14 +79,17 @@ impl ChatTemplate {
         environment.set_syntax(syntax.map_err(|error| template_error(&error))?);
         environment.set_fuel(Some(FUEL));
         environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
-        environment.set_formatter(python_formatter);
+        environment.set_formatter(python::formatter);
         environment
             .set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.add_function("raise_exception", raise_exception);
         environment.add_function("strftime_now", strftime_now);
-        environment.add_filter("tojson", tojson);
-        let mut template = Self { environment, source: source.to_string(), special_tokens };
-        template.add(CHAT, source)?;
+        environment.add_filter("tojson", python::tojson);
+        environment.add_filter("string", python::string);
+        let source = source.to_string();
+        let mut template = Self { environment, source, special_tokens, takes_parts: false };
+        template.add(CHAT, &template.source.clone())?;
+        template.takes_parts = template.finds_text_in_parts();
         Ok(template)
     }
 
@@ -94,13 +99,25 @@ impl ChatTemplate {
     /// If the template's syntax is wrong.
     pub fn with_tool_use(mut self, source: &str) -> Result<Self, TextError> {
         self.add(TOOL_USE, source)?;
-        self.source.push_str(source);
         Ok(self)
     }
 
     fn add(&mut self, name: &'static str, source: &str) -> Result<(), TextError> {
         let source = without_generation_tags(source);
         self.environment.add_template_owned(name, source).map_err(|error| template_error(&error))
+    }
+
+    /// Templates differ in whether a content may be a list of parts; trying it tells.
+    fn finds_text_in_parts(&self) -> bool {
+        let parts = json!([{"type": "text", "text": "a part's text"}]);
+        let request = ChatRequest::new(vec![json!({"role": "user", "content": parts})]);
+        self.render(&request)
+            .is_ok_and(|text| text.contains("a part's text") && !text.contains("type"))
+    }
+
+    /// Whether a message's content may be a list of parts, rather than a text.
+    pub fn takes_parts(&self) -> bool {
+        self.takes_parts
     }
 
     /// As the model ships it.
@@ -208,78 +225,24 @@ impl std::io::Write for LimitedOutput {
 }
 
 fn template_error(error: &Error) -> TextError {
-    let message = match (error.kind(), error.detail()) {
-        (ErrorKind::OutOfFuel, _) => "it runs too long".to_string(),
-        (ErrorKind::InvalidOperation, Some(detail)) => detail.to_string(),
+    let raised = error.detail().and_then(|detail| detail.strip_prefix(RAISED));
+    TextError::Template(match (error.kind(), raised) {
+        (ErrorKind::OutOfFuel | ErrorKind::WriteFailure, _) => {
+            "it runs too long, or writes too much".to_string()
+        }
+        (_, Some(message)) => message.to_string(),
         _ => error.to_string(),
-    };
-    TextError::Template(message)
+    })
 }
 
-/// Constants print as Python writes them.
-fn python_formatter(out: &mut Output, state: &mut State, value: &JinjaValue) -> Result<(), Error> {
-    let constant = match value.kind() {
-        ValueKind::None => "None",
-        ValueKind::Bool if value.is_true() => "True",
-        ValueKind::Bool => "False",
-        _ => return minijinja::escape_formatter(out, state, value),
-    };
-    out.write_str(constant).map_err(Error::from)
-}
+/// Tells what a template says itself from what is said about it.
+const RAISED: &str = "\u{FDD1}";
 
 fn raise_exception(message: String) -> Result<JinjaValue, Error> {
-    Err(Error::new(ErrorKind::InvalidOperation, message))
+    Err(Error::new(ErrorKind::InvalidOperation, format!("{RAISED}{message}")))
 }
 
 fn strftime_now(format: String) -> Result<String, Error> {
     jiff::fmt::strtime::format(&format, &jiff::ZonedDateTime::now())
         .map_err(|error| Error::new(ErrorKind::InvalidOperation, format!("strftime_now: {error}")))
-}
-
-/// `json.dumps(value, ensure_ascii=False, indent=indent)`, without escapes for HTML.
-fn tojson(value: JinjaValue, kwargs: Kwargs) -> Result<String, Error> {
-    let indent: Option<usize> = kwargs.get("indent")?;
-    // The other arguments of Hugging Face's filter are taken and have their defaults' meaning.
-    let _: Option<bool> = kwargs.get("ensure_ascii")?;
-    kwargs.assert_all_used()?;
-    let value = serde_json::to_value(&value)
-        .map_err(|error| Error::new(ErrorKind::InvalidOperation, format!("tojson: {error}")))?;
-    let mut text = String::new();
-    write_json(&mut text, &value, indent, 0);
-    Ok(text)
-}
-
-fn write_json(text: &mut String, value: &Value, indent: Option<usize>, depth: usize) {
-    let new_line = |text: &mut String, depth: usize| {
-        if let Some(indent) = indent {
-            text.push('\n');
-            text.extend(std::iter::repeat_n(' ', indent * depth));
-        }
-    };
-    let comma = if indent.is_some() { "," } else { ", " };
-    match value {
-        Value::Array(items) if !items.is_empty() => {
-            text.push('[');
-            for (index, item) in items.iter().enumerate() {
-                text.push_str(if index > 0 { comma } else { "" });
-                new_line(text, depth + 1);
-                write_json(text, item, indent, depth + 1);
-            }
-            new_line(text, depth);
-            text.push(']');
-        }
-        Value::Object(entries) if !entries.is_empty() => {
-            text.push('{');
-            for (index, (key, item)) in entries.iter().enumerate() {
-                text.push_str(if index > 0 { comma } else { "" });
-                new_line(text, depth + 1);
-                text.push_str(&json!(key).to_string());
-                text.push_str(": ");
-                write_json(text, item, indent, depth + 1);
-            }
-            new_line(text, depth);
-            text.push('}');
-        }
-        scalar => text.push_str(&scalar.to_string()),
-    }
 }

@@ -98,22 +98,23 @@ impl TextModel {
     /// # Errors
     /// If there is no template, or it fails.
     pub fn render_chat(&self, request: &ChatRequest) -> Result<String, TextError> {
-        self.template.as_ref().ok_or(TextError::NoTemplate)?.render(&with_plain_content(request)?)
+        let template = self.template.as_ref().ok_or(TextError::NoTemplate)?;
+        template.render(&as_templates_expect(request, template.takes_parts())?)
     }
 
     /// A chat as ids. Special-token text is special where the template wrote it, and text like
-    /// any other where a message has it. Where the model wants BOS, there is exactly one.
+    /// any other where the request has it. Where the model wants BOS, there is exactly one.
     ///
     /// # Errors
     /// If there is no template, or it fails.
     pub fn encode_chat(&self, request: &ChatRequest) -> Result<Vec<u32>, TextError> {
         let template = self.template.as_ref().ok_or(TextError::NoTemplate)?;
-        let mut request = with_plain_content(request)?;
-        for message in &mut request.messages {
-            self.mark_strings(message);
+        let mut request = as_templates_expect(request, template.takes_parts())?;
+        for value in request.messages.iter_mut().chain(request.tools.iter_mut().flatten()) {
+            self.mark_strings(value);
         }
-        for tool in request.tools.iter_mut().flatten() {
-            self.mark_strings(tool);
+        for value in request.kwargs.values_mut() {
+            self.mark_strings(value);
         }
         let text = template.render(&request)?;
         Ok(self.with_one_bos(self.tokenizer.encode_marked(&text)))
@@ -143,24 +144,37 @@ impl TextModel {
         match value {
             Value::String(text) => *text = self.tokenizer.mark_specials(text).into_owned(),
             Value::Array(items) => items.iter_mut().for_each(|item| self.mark_strings(item)),
-            Value::Object(entries) => entries.values_mut().for_each(|item| self.mark_strings(item)),
+            Value::Object(entries) => {
+                for (key, mut item) in std::mem::take(entries) {
+                    self.mark_strings(&mut item);
+                    entries.insert(self.tokenizer.mark_specials(&key).into_owned(), item);
+                }
+            }
             _ => {}
         }
     }
 }
 
-/// The request with what templates of text models expect: contents that are text, and arguments of
-/// tool calls that are objects.
-fn with_plain_content(request: &ChatRequest) -> Result<ChatRequest, TextError> {
+/// The request with what templates expect: contents that are text unless the template takes parts,
+/// a content even where there are only tool calls, and their arguments as objects.
+fn as_templates_expect(request: &ChatRequest, takes_parts: bool) -> Result<ChatRequest, TextError> {
     let mut request = request.clone();
     for (index, message) in request.messages.iter_mut().enumerate() {
+        let Some(message) = message.as_object_mut() else {
+            return Err(TextError::Chat(format!("messages[{index}] is no object")));
+        };
         if let Some(content) = message.get_mut("content").filter(|content| content.is_array()) {
-            *content = joined_parts(content).ok_or_else(|| {
+            let joined = joined_parts(content).ok_or_else(|| {
                 TextError::Chat(format!("messages[{index}].content: only text parts are supported"))
             })?;
+            if !takes_parts {
+                *content = joined;
+            }
         }
-        let calls = message.get_mut("tool_calls").and_then(Value::as_array_mut);
-        for call in calls.into_iter().flatten() {
+        let Some(calls) = message.get_mut("tool_calls").and_then(Value::as_array_mut) else {
+            continue;
+        };
+        for call in calls {
             let arguments = call.pointer_mut("/function/arguments");
             if let Some(arguments) = arguments
                 && let Some(text) = arguments.as_str()
@@ -168,6 +182,9 @@ fn with_plain_content(request: &ChatRequest) -> Result<ChatRequest, TextError> {
             {
                 *arguments = object;
             }
+        }
+        if message.get("content").is_none_or(Value::is_null) {
+            message.insert("content".into(), "".into());
         }
     }
     Ok(request)
