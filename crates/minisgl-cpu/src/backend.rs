@@ -1,6 +1,7 @@
 //! The operations' entrances: `Backend` for the CPU.
 
 use std::any::Any;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use minisgl_tensor::{
     Activation, Adjust, Attention, Backend, BackendError, DType, Download, Embed, Graph,
@@ -8,11 +9,13 @@ use minisgl_tensor::{
     Store, Tensor, Weight,
 };
 
-use crate::matrix::Matrix;
+use crate::activations::{NormRow, Prepared};
+use crate::kernels::Rows;
+use crate::matrix::{self, Experts, Matrix, Needs, Vector};
 use crate::memory::{self, Shared, view};
-use crate::pool::{Pool, physical_cores};
-use crate::simd::{Isa, IsaChoice};
-use crate::{attention, ops, sample};
+use crate::pool::{PerThread, Pool, physical_cores};
+use crate::simd::{Isa, IsaChoice, Kernel, LANES, Simd, math};
+use crate::{attention, moe, rope, sample};
 
 /// How a CPU backend is made.
 #[derive(Clone, Debug)]
@@ -31,10 +34,29 @@ impl Default for CpuOptions {
     }
 }
 
-/// The CPU. It computes in f32 with weights decoded to f32, whatever precision is asked for.
+/// The CPU.
+///
+/// Operations run when they are called, one at a time, on all threads of the backend's pool.
 pub struct CpuBackend {
-    pool: Pool,
-    isa: Isa,
+    on: Machine,
+    precision: Precision,
+    scratch: Mutex<Scratch>,
+}
+
+/// What computes.
+pub struct Machine {
+    pub pool: Pool,
+    pub isa: Isa,
+}
+
+/// Buffers that grow to the largest step's and stay, so that a step allocates nothing.
+struct Scratch {
+    prepared: Prepared,
+    attention: attention::Scratch,
+    moe: moe::Scratch,
+    sample: PerThread<sample::Scratch>,
+    /// 0, 1, 2, …
+    ids: Vec<u32>,
 }
 
 impl CpuBackend {
@@ -44,18 +66,69 @@ impl CpuBackend {
         let pool = Pool::new(threads).map_err(|error| {
             BackendError::Device(format!("starting {threads} threads: {error}").into())
         })?;
-        Ok(Self { pool, isa: Isa::detect(options.isa)? })
+        let scratch = Scratch {
+            prepared: Prepared::default(),
+            attention: attention::Scratch::new(&pool),
+            moe: moe::Scratch::default(),
+            sample: PerThread::new(&pool),
+            ids: Vec::new(),
+        };
+        let on = Machine { pool, isa: Isa::detect(options.isa)? };
+        Ok(Self { on, precision: options.precision, scratch: Mutex::new(scratch) })
     }
 
-    /// `x`, normed where `norm` says so.
-    fn input(&self, x: &Tensor, norm: Option<&Norm>) -> Vec<f32> {
-        let width = x.row_len();
-        let mut rows = view::<f32>(x).to_vec();
-        if let Some(norm) = norm {
-            rows.chunks_exact_mut(width).for_each(|row| ops::norm_row(self.isa, row, norm));
-        }
-        rows
+    /// An operation's turn. One that panicked has left nothing that the next one reads.
+    fn scratch(&self) -> MutexGuard<'_, Scratch> {
+        self.scratch.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+impl Scratch {
+    /// What a product reads: the rows of `x`, and their numbers.
+    fn input<'a>(&'a mut self, on: &Machine, args: &Linear<'a>) -> (Rows<'a>, &'a [u32]) {
+        let needs = args.weight.get::<Matrix>().needs();
+        let rows = args.x.elements() / args.x.row_len();
+        count_to(&mut self.ids, rows);
+        let x = self.prepared.prepare(on, view(args.x), args.x.row_len(), args.norm, needs);
+        (x, &self.ids[..rows])
+    }
+}
+
+fn count_to(ids: &mut Vec<u32>, count: usize) {
+    ids.extend(ids.len() as u32..count.max(ids.len()) as u32);
+}
+
+/// Writes products `[rows, 16]` into a matrix of `width` columns.
+fn put(
+    out: Shared<'_, f32>,
+    width: usize,
+    (row, column, lanes): (usize, usize, usize),
+    (products, bias): (&[[f32; LANES]], Option<&[f32]>),
+    store: Store,
+) {
+    for (i, product) in products.iter().enumerate() {
+        // SAFETY: each product is put once.
+        let out = unsafe { out.part((row + i) * width + column, lanes) };
+        for (lane, (out, y)) in out.iter_mut().zip(product).enumerate() {
+            let y = y + bias.map_or(0.0, |bias| bias[column + lane]);
+            *out = if store == Store::Add { *out + y } else { y };
+        }
+    }
+}
+
+/// `gates = activation(gates) · ups`.
+pub fn gate(isa: Isa, activation: Activation, gates: &mut [[f32; LANES]], ups: &[[f32; LANES]]) {
+    struct Gate<'a>(Activation, &'a mut [[f32; LANES]], &'a [[f32; LANES]]);
+    impl Kernel for Gate<'_> {
+        type Output = ();
+        #[inline(always)]
+        fn run<S: Simd>(self, _: S) {
+            for (g, u) in self.1.as_flattened_mut().iter_mut().zip(self.2.as_flattened()) {
+                *g = math::activate(self.0, *g) * u;
+            }
+        }
+    }
+    isa.run(Gate(activation, gates, ups));
 }
 
 struct Done(Vec<u8>);
@@ -73,7 +146,7 @@ fn bytes_of(tensor: &Tensor) -> Vec<u8> {
 
 impl Backend for CpuBackend {
     fn name(&self) -> String {
-        format!("cpu ({}, {} threads)", self.isa.name(), self.pool.threads())
+        format!("cpu ({}, {} threads)", self.on.isa.name(), self.on.pool.threads())
     }
 
     fn memory(&self) -> Result<MemoryInfo> {
@@ -86,7 +159,7 @@ impl Backend for CpuBackend {
     }
 
     fn kv_dtype(&self) -> DType {
-        DType::F32
+        if self.precision == Precision::Exact { DType::F32 } else { DType::F16 }
     }
 
     fn alloc(&self, dtype: DType, shape: &[usize]) -> Result<Tensor> {
@@ -123,87 +196,88 @@ impl Backend for CpuBackend {
         Ok(None)
     }
 
-    fn matrix(&self, parts: &[HostTensor<'_>], _: Precision) -> Result<Weight> {
-        let matrix = Matrix::decode(parts, &self.pool)?;
-        Ok(Weight::new(&[matrix.rows(), matrix.cols], matrix))
+    fn matrix(&self, parts: &[HostTensor<'_>], precision: Precision) -> Result<Weight> {
+        let matrix = Matrix::pack(parts, precision, &self.on)?;
+        Ok(Weight::new(&[matrix.rows, matrix.cols], matrix))
     }
 
-    fn expert_matrices(&self, experts: &[Vec<HostTensor<'_>>], _: Precision) -> Result<Weight> {
-        let parts: Vec<_> = experts.iter().flatten().cloned().collect();
-        let matrix = Matrix::decode(&parts, &self.pool)?;
-        Ok(Weight::new(&[experts.len(), matrix.rows() / experts.len(), matrix.cols], matrix))
+    fn expert_matrices(
+        &self,
+        experts: &[Vec<HostTensor<'_>>],
+        precision: Precision,
+    ) -> Result<Weight> {
+        let pack = |parts: &Vec<_>| Matrix::pack(parts, precision, &self.on);
+        let packed = experts.iter().map(pack).collect::<Result<Vec<_>>>()?;
+        let (rows, cols) = packed.first().map_or((0, 0), |first| (first.rows, first.cols));
+        if packed.iter().any(|matrix| (matrix.rows, matrix.cols) != (rows, cols)) {
+            return Err(BackendError::Unsupported("experts of different shapes".into()));
+        }
+        Ok(Weight::new(&[packed.len(), rows, cols], Experts(packed)))
     }
 
     fn vector(&self, parts: &[HostTensor<'_>]) -> Result<Weight> {
-        let flat: Vec<_> = parts
-            .iter()
-            .map(|part| HostTensor { shape: vec![part.shape.iter().product(), 1], ..part.clone() })
-            .collect();
-        let matrix = Matrix::decode(&flat, &self.pool)?;
-        Ok(Weight::new(&[matrix.values.len()], matrix))
+        let vector = matrix::vector(parts)?;
+        Ok(Weight::new(&[vector.0.len()], vector))
     }
 
     fn embed(&self, args: &Embed<'_>, out: &Tensor) -> Result<()> {
         let (table, width) = (args.table.get::<Matrix>(), args.table.cols());
-        let newest = view::<i32>(args.token_table);
-        // SAFETY: as in `upload`.
-        let out = unsafe { Shared::<f32>::of(out).all() };
-        for (&id, out) in view::<i32>(args.input_ids).iter().zip(out.chunks_exact_mut(width)) {
+        let (ids, newest) = (view::<i32>(args.input_ids), view::<i32>(args.token_table));
+        let out = Shared::<f32>::of(out);
+        self.on.pool.run(ids.len(), &|_, token| {
+            // SAFETY: each token is its own item.
+            let out = unsafe { out.part(token * width, width) };
+            let id = ids[token];
             let id = if id >= 0 { id } else { newest[(-1 - id) as usize] };
             let row = usize::try_from(id).ok().and_then(|id| id.checked_sub(args.first_id));
-            match row.filter(|&row| row < table.rows()) {
+            match row.filter(|&row| row < table.rows) {
                 Some(row) => {
-                    for (out, x) in out.iter_mut().zip(table.row(row)) {
-                        *out = x * args.scale;
-                    }
+                    table.row(row, out);
+                    out.iter_mut().for_each(|x| *x *= args.scale);
                 }
                 None => out.fill(0.0),
             }
-        }
+        });
         Ok(())
     }
 
     fn rms_norm(&self, x: &Tensor, norm: &Norm, out: &Tensor) -> Result<()> {
-        let rows = self.input(x, Some(norm));
-        // SAFETY: as in `upload`.
-        unsafe { Shared::<f32>::of(out).all() }.copy_from_slice(&rows);
+        let width = x.row_len();
+        // `x` may be `out`, and then must not be seen as a slice that nobody writes.
+        let (from, to) = (Shared::<f32>::of(x), Shared::<f32>::of(out));
+        self.on.pool.run(x.elements() / width, &|_, row| {
+            // SAFETY: each row is its own item, and `from` is let go before `to` is taken.
+            let copy = unsafe { from.part(row * width, width) }.as_ptr();
+            // SAFETY: as above.
+            let to = unsafe { to.part(row * width, width) };
+            // SAFETY: both have `width` elements; `copy` may move them onto themselves.
+            unsafe { std::ptr::copy(copy, to.as_mut_ptr(), width) };
+            self.on.isa.run(NormRow { x: to, norm });
+        });
         Ok(())
     }
 
     fn linear(&self, args: &Linear<'_>, out: &Tensor) -> Result<()> {
-        let x = self.input(args.x, args.norm);
+        let mut scratch = self.scratch();
+        let (x, rows) = scratch.input(&self.on, args);
         let matrix = args.weight.get::<Matrix>();
-        let bias = args.bias.map(|bias| &bias.get::<Matrix>().values);
-        let (width, out) = (matrix.rows(), Shared::<f32>::of(out));
-        matrix.multiply((self.isa, &self.pool), 0..width, &x, &|m, w, y| {
-            // SAFETY: each product is put once.
-            let out = &mut unsafe { out.part(m * width + w, 1) }[0];
-            let y = y + bias.map_or(0.0, |bias| bias[w]);
-            *out = if args.store == Store::Add { *out + y } else { y };
+        let bias = args.bias.map(|bias| bias.get::<Vector>().0.as_slice());
+        let (width, out) = (matrix.rows, Shared::<f32>::of(out));
+        matrix.multiply(&self.on, x, rows, &|row, column, lanes, products| {
+            put(out, width, (row, column, lanes), (products, bias), args.store);
         });
         Ok(())
     }
 
     fn gated_linear(&self, args: &Linear<'_>, activation: Activation, out: &Tensor) -> Result<()> {
-        let x = self.input(args.x, args.norm);
+        let mut scratch = self.scratch();
+        let (x, rows) = scratch.input(&self.on, args);
         let matrix = args.weight.get::<Matrix>();
-        let (width, rows) = (matrix.rows(), x.len() / matrix.cols.max(1));
-        let mut both = vec![0.0; rows * width];
-        let target = Shared::of_slice(&mut both);
-        matrix.multiply((self.isa, &self.pool), 0..width, &x, &|m, w, y| {
-            // SAFETY: each product is put once.
-            unsafe { target.part(m * width + w, 1)[0] = y };
-        });
-        // SAFETY: as in `upload`.
-        let out = unsafe { Shared::<f32>::of(out).all() };
-        for (both, out) in both.chunks_exact(width).zip(out.chunks_exact_mut(width / 2)) {
-            let (gate, up) = both.split_at(width / 2);
-            for ((out, &g), u) in out.iter_mut().zip(gate).zip(up) {
-                let y = ops::activate(activation, g) * u;
-                *out = if args.store == Store::Add { *out + y } else { y };
-            }
-        }
-        Ok(())
+        let (width, out) = (matrix.rows / 2, Shared::<f32>::of(out));
+        let combine = |g: &mut [_], u: &[_]| gate(self.on.isa, activation, g, u);
+        matrix.multiply_gated(&self.on, x, rows, &combine, &|row, column, lanes, products| {
+            put(out, width, (row, column, lanes), (products, None), args.store);
+        })
     }
 
     fn add(&self, x: &Tensor, delta: &Tensor) -> Result<()> {
@@ -214,21 +288,27 @@ impl Backend for CpuBackend {
     }
 
     fn rope_store(&self, args: &RopeStore<'_>, qkv: &Tensor) -> Result<()> {
-        ops::rope_store((self.isa, &self.pool), args, qkv);
+        rope::rope_store(&self.on, args, qkv);
         Ok(())
     }
 
     fn attention(&self, args: &Attention<'_>, qkv: &Tensor, out: &Tensor) -> Result<()> {
-        attention::attention((self.isa, &self.pool), args, qkv, out);
+        attention::attention(&self.on, &mut self.scratch().attention, args, qkv, out);
         Ok(())
     }
 
     fn moe(&self, args: &Moe<'_>, out: &Tensor) -> Result<()> {
-        let x = self.input(args.x, Some(args.norm));
-        // SAFETY: as in `upload`; `x` is a copy.
-        let out = unsafe { Shared::<f32>::of(out).all() };
-        ops::moe((self.isa, &self.pool), args, &x, out);
-        Ok(())
+        let mut scratch = self.scratch();
+        let Scratch { prepared, moe: own, ids, .. } = &mut *scratch;
+        let first = args.gate_up.get::<Experts>().0.first();
+        let (a, b) = (args.router.get::<Matrix>().needs(), first.map(Matrix::needs));
+        let b = b.unwrap_or(a);
+        let needs = Needs { blocks: a.blocks || b.blocks, floats: a.floats || b.floats };
+        let cols = args.x.row_len();
+        let x = prepared.prepare(&self.on, view(args.x), cols, Some(args.norm), needs);
+        let tokens = args.x.elements() / cols;
+        count_to(ids, tokens);
+        moe::moe(&self.on, own, args, x, &ids[..tokens], Shared::of(out))
     }
 
     fn gather(&self, x: &Tensor, indices: &Tensor, out: &Tensor) -> Result<()> {
@@ -267,12 +347,12 @@ impl Backend for CpuBackend {
     }
 
     fn sample(&self, args: &Sample<'_>, logits: &Tensor) -> Result<()> {
-        sample::sample(&self.pool, args, logits);
+        sample::sample(&self.on, &self.scratch().sample, args, logits);
         Ok(())
     }
 
     fn logprobs(&self, args: &Logprobs<'_>, logits: &Tensor) -> Result<()> {
-        sample::logprobs(args, logits);
+        sample::logprobs(&self.on, args, logits);
         Ok(())
     }
 

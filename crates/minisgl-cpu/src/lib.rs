@@ -1,20 +1,25 @@
 //! The CPU backend: `CpuBackend` and the collective through shared memory.
 //!
-//! Reading order: `backend` (the operations' entrances), `matrix` and `attention` (where the time
-//! goes), `sample`, then what they stand on: `pool` (threads), `simd` (one vector vocabulary for
-//! all instruction sets), `memory` (the only place that turns addresses into slices), `quant`
-//! (GGML's block types in plain code).
+//! Reading order: `backend` (the operations' entrances), `tiles` and `matrix` (how weights lie and
+//! how the work is handed out), `kernels` (the products), `activations` (norm, 8-bit rounding),
+//! `attention`, `rope`, `moe`, `sample`; then what they stand on: `pool` (threads), `simd` (one
+//! vector vocabulary for all instruction sets), `memory` (the only place that turns addresses into
+//! slices), `quant` (GGML's block types in plain code). docs/cpu-kernels.md says why.
 
+mod activations;
 mod attention;
 mod backend;
 mod collective;
+mod kernels;
 mod matrix;
 mod memory;
-mod ops;
+mod moe;
 mod pool;
-mod quant;
+pub mod quant;
+mod rope;
 mod sample;
 mod simd;
+mod tiles;
 
 pub use backend::{CpuBackend, CpuOptions};
 pub use collective::shared_memory_group;

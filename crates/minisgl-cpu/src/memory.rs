@@ -40,6 +40,18 @@ impl Buffer {
         Ok(Self { base, layout, bytes })
     }
 
+    /// The bytes, to read.
+    pub fn as_bytes(&self) -> &[u8] {
+        // SAFETY: `bytes` initialized bytes that live as long as `self`.
+        unsafe { std::slice::from_raw_parts(self.start(), self.bytes) }
+    }
+
+    /// The bytes, to write.
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as above, and exclusive.
+        unsafe { std::slice::from_raw_parts_mut(self.start(), self.bytes) }
+    }
+
     fn start(&self) -> *mut u8 {
         let pad = self.base.as_ptr().align_offset(ALIGN);
         self.base.as_ptr().wrapping_add(pad)

@@ -243,6 +243,30 @@ impl Drop for Pool {
     }
 }
 
+/// A value for each thread of a pool, to keep buffers in.
+pub struct PerThread<T>(Vec<Line<UnsafeCell<T>>>);
+
+// SAFETY: `get` leaves it to its callers that a thread's value is that thread's alone.
+unsafe impl<T: Send> Sync for PerThread<T> {}
+
+impl<T: Default> PerThread<T> {
+    /// For the threads of `pool`.
+    pub fn new(pool: &Pool) -> Self {
+        Self((0..pool.threads()).map(|_| Line(UnsafeCell::default())).collect())
+    }
+
+    /// Thread `thread`'s.
+    ///
+    /// # Safety
+    /// While the result lives, nobody else asks for the same thread's: true of work that a pool
+    /// calls and that asks for its own, if only one operation at a time uses these values.
+    #[expect(clippy::mut_from_ref, reason = "the caller proves that it is the only one")]
+    pub unsafe fn get(&self, thread: usize) -> &mut T {
+        // SAFETY: the caller's word.
+        unsafe { &mut *self.0[thread].0.get() }
+    }
+}
+
 /// Processor cores that this process may use, hyper-threads of one core counted once where the
 /// system tells (Linux).
 pub fn physical_cores() -> usize {

@@ -1,9 +1,17 @@
-//! Sampling from logits.
+//! Sampling from logits, without sorting the vocabulary: weights once, a histogram over the high
+//! bits of the logits to find the border of top-k and top-p, and only the border's bin sorted.
 
 use minisgl_tensor::{Logprobs, Sample, Tensor};
 
+use crate::backend::Machine;
 use crate::memory::{Shared, view};
-use crate::pool::Pool;
+use crate::pool::PerThread;
+use crate::simd::{Kernel, LANES, Simd, math};
+
+/// Weights that are summed before a draw looks inside.
+const CHUNK: usize = 512;
+/// Bits of a logit's key that do not choose its bin.
+const BIN_SHIFT: u32 = 19;
 
 /// What one row asks for.
 struct Choice {
@@ -14,8 +22,23 @@ struct Choice {
     uniform: f64,
 }
 
+/// A thread's buffers.
+#[derive(Default)]
+pub struct Scratch {
+    /// `e^((logit − max) / temperature)`.
+    weights: Vec<f32>,
+    /// Sums of `CHUNK` weights.
+    sums: Vec<f64>,
+    /// By the high bits of the logits' keys: how many, and their weight.
+    bins: Vec<(u32, f64)>,
+    /// Ids in the border's bin, the likeliest first.
+    border: Vec<u32>,
+    /// Ids to draw from, ascending.
+    kept: Vec<u32>,
+}
+
 /// See `Backend::sample`.
-pub fn sample(pool: &Pool, args: &Sample<'_>, logits: &Tensor) {
+pub fn sample(on: &Machine, scratch: &PerThread<Scratch>, args: &Sample<'_>, logits: &Tensor) {
     let vocab = logits.row_len();
     let logits = view::<f32>(logits);
     let (temperature, top_k) = (view::<f32>(args.temperature), view::<i32>(args.top_k));
@@ -23,22 +46,24 @@ pub fn sample(pool: &Pool, args: &Sample<'_>, logits: &Tensor) {
     let (seed, position) = (view::<i32>(args.seed), view::<i32>(args.position));
     let slots = view::<i32>(args.slots);
     let (table, tokens) = (Shared::<i32>::of(args.token_table), Shared::<i32>::of(args.tokens));
-    pool.run(logits.len() / vocab, &|_, row| {
+    on.pool.run(logits.len() / vocab, &|thread, row| {
         let x = &logits[row * vocab..][..vocab];
+        // SAFETY: this thread's, and operations run one at a time.
+        let scratch = unsafe { scratch.get(thread) };
+        let max = on.isa.run(Max(x));
         let token = if args.all_greedy || temperature[row] <= 0.0 {
-            best(x)
+            first_of(x, max)
         } else {
             let key = [seed[2 * row] as u32, seed[2 * row + 1] as u32];
-            draw(
-                x,
-                &Choice {
-                    temperature: temperature[row],
-                    top_k: usize::try_from(top_k[row]).unwrap_or(0),
-                    top_p: f64::from(top_p[row]),
-                    min_p: min_p[row],
-                    uniform: uniform(key, position[row] as u32),
-                },
-            )
+            let choice = Choice {
+                temperature: temperature[row],
+                top_k: usize::try_from(top_k[row]).unwrap_or(0),
+                top_p: f64::from(top_p[row]),
+                min_p: min_p[row],
+                uniform: uniform(key, position[row] as u32),
+            };
+            on.isa.run(Weigh { x, max, temperature: choice.temperature, scratch });
+            scratch.draw(x, &choice)
         };
         // SAFETY: each row has its own entry, and rows of a step have different slots.
         unsafe { tokens.part(row, 1)[0] = token as i32 };
@@ -49,70 +74,193 @@ pub fn sample(pool: &Pool, args: &Sample<'_>, logits: &Tensor) {
     });
 }
 
-/// The most likely token, the lowest id among equals.
-fn best(x: &[f32]) -> usize {
-    let mut best = 0;
-    for (i, &value) in x.iter().enumerate() {
-        if value > x[best] {
-            best = i;
+struct Max<'a>(&'a [f32]);
+
+impl Kernel for Max<'_> {
+    type Output = f32;
+
+    #[inline(always)]
+    fn run<S: Simd>(self, _: S) -> f32 {
+        let mut most = [f32::NEG_INFINITY; 2 * LANES];
+        let (whole, rest) = self.0.as_chunks::<{ 2 * LANES }>();
+        for x in whole {
+            for (most, &x) in most.iter_mut().zip(x) {
+                *most = if x > *most { x } else { *most };
+            }
+        }
+        most.into_iter().chain(rest.iter().copied()).fold(f32::NEG_INFINITY, f32::max)
+    }
+}
+
+/// The lowest id with this logit.
+fn first_of(x: &[f32], max: f32) -> usize {
+    x.iter().position(|&x| x == max).unwrap_or(0)
+}
+
+struct Weigh<'a> {
+    x: &'a [f32],
+    max: f32,
+    temperature: f32,
+    scratch: &'a mut Scratch,
+}
+
+impl Kernel for Weigh<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, _: S) {
+        let Scratch { weights, sums, .. } = self.scratch;
+        weights.resize(self.x.len(), 0.0);
+        let factor = self.temperature.recip();
+        for (w, x) in weights.iter_mut().zip(self.x) {
+            *w = math::exp((x - self.max) * factor);
+        }
+        sums.clear();
+        sums.extend(weights.chunks(CHUNK).map(|chunk| {
+            let mut lanes = [0f64; 8];
+            let (whole, rest) = chunk.as_chunks::<8>();
+            for w in whole {
+                for (lane, &w) in lanes.iter_mut().zip(w) {
+                    *lane += f64::from(w);
+                }
+            }
+            lanes.iter().sum::<f64>() + rest.iter().copied().map(f64::from).sum::<f64>()
+        }));
+    }
+}
+
+impl Scratch {
+    fn draw(&mut self, x: &[f32], choice: &Choice) -> usize {
+        let by_count = choice.top_k > 0 && choice.top_k < x.len();
+        if !by_count && choice.top_p >= 1.0 && choice.min_p <= 0.0 {
+            return self.draw_from_all(choice.uniform);
+        }
+        self.count(x);
+        let mut border = self.bins.len();
+        let mut total: f64 = self.bins.iter().map(|bin| bin.1).sum();
+        if by_count {
+            (border, total) = self.keep_top_k(x, choice.top_k);
+        }
+        if choice.top_p < 1.0 {
+            border = self.keep_top_p(x, choice.top_p * total, border);
+        }
+        self.collect(x, border, choice.min_p);
+        let weight = |i: u32| f64::from(self.weights[i as usize]);
+        let goal = choice.uniform * self.kept.iter().map(|&i| weight(i)).sum::<f64>();
+        let mut sum = 0.0;
+        let found = self.kept.iter().find(|&&i| {
+            sum += weight(i);
+            sum > goal
+        });
+        found.or(self.kept.last()).map_or(0, |&i| i as usize)
+    }
+
+    fn draw_from_all(&self, uniform: f64) -> usize {
+        let mut rest = uniform * self.sums.iter().sum::<f64>();
+        let inside = self.sums.iter().position(|&sum| {
+            let found = rest < sum;
+            rest -= if found { 0.0 } else { sum };
+            found
+        });
+        let first = inside.unwrap_or(self.sums.len() - 1) * CHUNK;
+        let mut last = first;
+        for (i, &w) in self.weights[first..].iter().take(CHUNK).enumerate() {
+            // Rounding may leave a little behind the last one: then that one is it.
+            if w > 0.0 {
+                last = first + i;
+                if rest < f64::from(w) {
+                    break;
+                }
+                rest -= f64::from(w);
+            }
+        }
+        last
+    }
+
+    /// Fills the bins, the likeliest last.
+    fn count(&mut self, x: &[f32]) {
+        self.bins.clear();
+        self.bins.resize(1 << (32 - BIN_SHIFT), (0, 0.0));
+        for (&x, &w) in x.iter().zip(&self.weights) {
+            let bin = &mut self.bins[bin_of(x)];
+            bin.0 += 1;
+            bin.1 += f64::from(w);
+        }
+        self.border.clear();
+    }
+
+    /// Ids of a bin, the likeliest first.
+    fn sort_bin(&mut self, x: &[f32], bin: usize) {
+        self.border.clear();
+        self.border.extend((0..x.len() as u32).filter(|&i| bin_of(x[i as usize]) == bin));
+        self.border.sort_unstable_by(|&a, &b| likelier(x, a, b));
+    }
+
+    /// The bin of the kth and, in `border`, what of it is kept; and the weight of all that is.
+    fn keep_top_k(&mut self, x: &[f32], k: usize) -> (usize, f64) {
+        let (mut rest, mut mass) = (k, 0.0);
+        for bin in (0..self.bins.len()).rev() {
+            let (count, weight) = self.bins[bin];
+            if count as usize >= rest {
+                self.sort_bin(x, bin);
+                self.border.truncate(rest);
+                mass +=
+                    self.border.iter().map(|&i| f64::from(self.weights[i as usize])).sum::<f64>();
+                return (bin, mass);
+            }
+            rest -= count as usize;
+            mass += weight;
+        }
+        (0, mass)
+    }
+
+    /// As `keep_top_k` for the fewest likeliest with a weight of `goal`, among those above
+    /// `border` and those listed of it.
+    fn keep_top_p(&mut self, x: &[f32], goal: f64, border: usize) -> usize {
+        let mut sum = 0.0;
+        for bin in (0..self.bins.len()).rev() {
+            let (count, weight) = self.bins[bin];
+            if count > 0 && (bin == border || sum + weight >= goal) {
+                if bin != border {
+                    self.sort_bin(x, bin);
+                }
+                let enough = self.border.iter().position(|&i| {
+                    sum += f64::from(self.weights[i as usize]);
+                    sum >= goal
+                });
+                self.border.truncate(enough.map_or(self.border.len(), |last| last + 1));
+                return bin;
+            }
+            sum += weight;
+        }
+        0
+    }
+
+    /// Lists what is kept: above the border's bin, or in `border`.
+    fn collect(&mut self, x: &[f32], border: usize, min_p: f32) {
+        let all = border == self.bins.len();
+        self.border.sort_unstable();
+        let mut listed = self.border.iter().copied().peekable();
+        self.kept.clear();
+        for (i, (&x, &w)) in x.iter().zip(&self.weights).enumerate() {
+            let kept = all || bin_of(x) > border || listed.next_if_eq(&(i as u32)).is_some();
+            if kept && w >= min_p {
+                self.kept.push(i as u32);
+            }
         }
     }
-    best
+}
+
+/// Larger logits have larger keys.
+fn bin_of(x: f32) -> usize {
+    let bits = x.to_bits();
+    let key = if bits >> 31 == 1 { !bits } else { bits | 1 << 31 };
+    (key >> BIN_SHIFT) as usize
 }
 
 /// Likelier first, the lower id among equals.
 fn likelier(x: &[f32], a: u32, b: u32) -> std::cmp::Ordering {
     x[b as usize].total_cmp(&x[a as usize]).then(a.cmp(&b))
-}
-
-fn draw(x: &[f32], choice: &Choice) -> usize {
-    let max = x[best(x)];
-    let weight = |i: u32| f64::from((x[i as usize] - max) / choice.temperature).exp();
-    let mut kept: Vec<u32> = (0..x.len() as u32).collect();
-    if choice.top_k > 0 && choice.top_k < kept.len() {
-        kept.select_nth_unstable_by(choice.top_k - 1, |&a, &b| likelier(x, a, b));
-        kept.truncate(choice.top_k);
-    }
-    if choice.top_p < 1.0 {
-        keep_top_p(&mut kept, x, choice.top_p, &weight);
-    }
-    if choice.min_p > 0.0 {
-        kept.retain(|&i| weight(i) >= f64::from(choice.min_p));
-    }
-    kept.sort_unstable();
-    let total: f64 = kept.iter().map(|&i| weight(i)).sum();
-    let (goal, mut sum) = (choice.uniform * total, 0.0);
-    for &i in &kept {
-        sum += weight(i);
-        if sum > goal {
-            return i as usize;
-        }
-    }
-    kept.last().map_or(0, |&i| i as usize)
-}
-
-/// The fewest most likely tokens with `top_p` of the mass. Sorts only as many as it needs.
-fn keep_top_p(kept: &mut Vec<u32>, x: &[f32], top_p: f64, weight: &dyn Fn(u32) -> f64) {
-    let goal = top_p * kept.iter().map(|&i| weight(i)).sum::<f64>();
-    let mut sorted = 256.min(kept.len());
-    loop {
-        if sorted < kept.len() {
-            kept.select_nth_unstable_by(sorted, |&a, &b| likelier(x, a, b));
-        }
-        kept[..sorted].sort_unstable_by(|&a, &b| likelier(x, a, b));
-        let mut sum = 0.0;
-        let enough = kept[..sorted].iter().position(|&i| {
-            sum += weight(i);
-            sum >= goal
-        });
-        if let Some(last) = enough {
-            return kept.truncate(last + 1);
-        }
-        if sorted == kept.len() {
-            return;
-        }
-        sorted = (4 * sorted).min(kept.len());
-    }
 }
 
 /// Philox-4x32-10 (Salmon et al., 2011): key the seed, counter `(position, 0, 0, 0)`; the upper 24
@@ -130,18 +278,20 @@ fn uniform(mut key: [u32; 2], position: u32) -> f64 {
 }
 
 /// See `Backend::logprobs`.
-pub fn logprobs(args: &Logprobs<'_>, logits: &Tensor) {
+pub fn logprobs(on: &Machine, args: &Logprobs<'_>, logits: &Tensor) {
     let (vocab, top) = (logits.row_len(), args.top_ids.row_len());
     let targets = view::<i32>(args.targets);
     let (out, ranks) = (Shared::<f32>::of(args.logprob), Shared::<i32>::of(args.rank));
     let (ids, values) = (Shared::<i32>::of(args.top_ids), Shared::<f32>::of(args.top_logprobs));
-    for (row, x) in view::<f32>(logits).chunks_exact(vocab).enumerate().take(targets.len()) {
-        let max = x[best(x)];
-        let sum: f64 = x.iter().map(|&v| f64::from(v - max).exp()).sum();
+    let logits = view::<f32>(logits);
+    on.pool.run(targets.len().min(logits.len() / vocab), &|_, row| {
+        let x = &logits[row * vocab..][..vocab];
+        let max = on.isa.run(Max(x));
+        let sum: f64 = x.iter().map(|&v| f64::from(math::exp(v - max))).sum();
         let logprob = |i: usize| (f64::from(x[i] - max) - sum.ln()) as f32;
         let target = targets[row] as usize;
         let before = (0..vocab as u32).filter(|&i| likelier(x, i, target as u32).is_lt()).count();
-        // SAFETY: each row has its own entries; one thread writes.
+        // SAFETY: each row has its own entries.
         unsafe {
             out.part(row, 1)[0] = logprob(target);
             ranks.part(row, 1)[0] = before as i32;
@@ -159,5 +309,17 @@ pub fn logprobs(args: &Logprobs<'_>, logits: &Tensor) {
                 values.part(row * top + i, 1)[0] = logprob(id as usize);
             }
         }
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Salmon et al.'s known answer for key and counter zero.
+    #[test]
+    fn philox_known_answer() {
+        let want = f64::from(0x6627_e8d5_u32 >> 8) / f64::from(1 << 24);
+        assert_eq!(uniform([0, 0], 0), want);
     }
 }

@@ -6,43 +6,69 @@
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
+pub mod math;
 mod portable;
 
-use bytemuck::Pod;
+use half::{bf16, f16};
 use minisgl_tensor::{BackendError, Result};
 
-/// Vectors of one instruction set; names as in the instruction manuals. A value of the type is the proof that this machine has it.
+/// `[f(0), f(1), …]`. Neither `array::map` nor `array::from_fn` does in a kernel: they are functions
+/// compiled without its instruction set, and vectors cross their border through memory.
+macro_rules! array {
+    ($count:expr, $zero:expr, |$i:ident| $element:expr) => {{
+        let mut array = [$zero; $count];
+        let mut $i = 0;
+        while $i < $count {
+            array[$i] = $element;
+            $i += 1;
+        }
+        array
+    }};
+}
+pub(crate) use array;
+
+/// Rows of a tile of weights, and lanes of a vector, whatever the machine's registers hold.
+pub const LANES: usize = 16;
+
+/// Vectors of sixteen lanes. A value of the type is the proof that this machine has the
+/// instructions.
 pub trait Simd: Copy + Send + Sync + 'static {
-    /// f32 in a vector; a multiple of 8, at most 16.
-    const LANES: usize;
-    /// A vector of f32.
+    /// 16 f32.
     type F32: Copy;
-    /// `LANES` f32 in memory.
-    type Floats: Pod;
+    /// 16 lanes of 4 bytes.
+    type Bytes: Copy;
+    /// A running sum of products with 4-bit codes, a lane each; good for 32 of them.
+    type NibbleSum: Copy;
+    /// A running sum of products with 8-bit codes.
+    type ByteSum: Copy;
 
     fn splat(self, x: f32) -> Self::F32;
-    fn load(self, from: &Self::Floats) -> Self::F32;
+    fn load(self, from: &[f32; LANES]) -> Self::F32;
+    fn store(self, x: Self::F32, to: &mut [f32; LANES]);
+    fn load_f16(self, from: &[f16; LANES]) -> Self::F32;
+    fn load_bf16(self, from: &[bf16; LANES]) -> Self::F32;
+    fn load_i8(self, from: &[i8; LANES]) -> Self::F32;
     fn add(self, a: Self::F32, b: Self::F32) -> Self::F32;
+    fn mul(self, a: Self::F32, b: Self::F32) -> Self::F32;
     /// `a · b + c`, rounded once where the machine can.
     fn fma(self, a: Self::F32, b: Self::F32, c: Self::F32) -> Self::F32;
     /// The sum of all lanes, in an order of its own that never changes.
     fn sum(self, x: Self::F32) -> f32;
+    /// Lane j of vector i becomes lane i of vector j.
+    fn transpose(self, x: [Self::F32; LANES]) -> [Self::F32; LANES];
 
-    /// Up to `LANES` f32, zeros behind them.
-    #[inline(always)]
-    fn load_front(self, from: &[f32]) -> Self::F32 {
-        let mut lanes: Self::Floats = bytemuck::Zeroable::zeroed();
-        let lanes_slice: &mut [f32] = bytemuck::cast_slice_mut(std::slice::from_mut(&mut lanes));
-        lanes_slice[..from.len()].copy_from_slice(from);
-        self.load(&lanes)
-    }
-
-    /// Whole vectors of `x`, and what is left.
-    #[inline(always)]
-    fn split(self, x: &[f32]) -> (&[Self::Floats], &[f32]) {
-        let whole = x.len() / Self::LANES * Self::LANES;
-        (bytemuck::cast_slice(&x[..whole]), &x[whole..])
-    }
+    fn load_bytes(self, from: &[u8; 64]) -> Self::Bytes;
+    /// The low and the high four bits of every byte.
+    fn nibbles(self, x: Self::Bytes) -> (Self::Bytes, Self::Bytes);
+    fn nibble_zero(self) -> Self::NibbleSum;
+    /// Adds the dot product of each lane's four unsigned codes, at most 15, with `x`, whose
+    /// elements are at least −127.
+    fn nibble_dot(self, sum: Self::NibbleSum, w: Self::Bytes, x: [i8; 4]) -> Self::NibbleSum;
+    fn nibble_total(self, sum: Self::NibbleSum) -> Self::F32;
+    fn byte_zero(self) -> Self::ByteSum;
+    /// As `nibble_dot` with signed codes of 8 bits.
+    fn byte_dot(self, sum: Self::ByteSum, w: Self::Bytes, x: [i8; 4]) -> Self::ByteSum;
+    fn byte_total(self, sum: Self::ByteSum) -> Self::F32;
 }
 
 /// A computation to be compiled for every instruction set.

@@ -1,5 +1,7 @@
-//! Plain Rust, eight lanes: the oracle of the other instruction sets, and what runs where there is
-//! none. The compiler makes of it what the target has at least (SSE2, NEON).
+//! Plain Rust: the oracle of the other instruction sets, and what runs where there is none. The
+//! compiler makes of it what the target has at least (SSE2, NEON).
+
+use half::{bf16, f16};
 
 use super::Simd;
 
@@ -7,37 +9,105 @@ use super::Simd;
 #[derive(Clone, Copy, Debug)]
 pub struct Portable;
 
-const N: usize = 8;
+/// Sixteen of something, by index.
+#[inline(always)]
+fn map<T>(f: impl FnMut(usize) -> T) -> [T; 16] {
+    std::array::from_fn(f)
+}
 
 #[inline(always)]
-fn map(mut f: impl FnMut(usize) -> f32) -> [f32; N] {
-    std::array::from_fn(&mut f)
+fn dot4(sum: [i32; 16], w: impl Fn(usize) -> i32, x: [i8; 4]) -> [i32; 16] {
+    map(|i| sum[i] + (0..4).map(|j| w(4 * i + j) * i32::from(x[j])).sum::<i32>())
 }
 
 impl Simd for Portable {
-    const LANES: usize = N;
-    type F32 = [f32; N];
-    type Floats = [f32; N];
+    type F32 = [f32; 16];
+    type Bytes = [u8; 64];
+    type NibbleSum = [i32; 16];
+    type ByteSum = [i32; 16];
 
     #[inline(always)]
-    fn splat(self, x: f32) -> [f32; N] {
-        [x; N]
+    fn splat(self, x: f32) -> [f32; 16] {
+        [x; 16]
     }
     #[inline(always)]
-    fn load(self, from: &[f32; N]) -> [f32; N] {
+    fn load(self, from: &[f32; 16]) -> [f32; 16] {
         *from
     }
     #[inline(always)]
-    fn add(self, a: [f32; N], b: [f32; N]) -> [f32; N] {
+    fn store(self, x: [f32; 16], to: &mut [f32; 16]) {
+        *to = x;
+    }
+    #[inline(always)]
+    fn load_f16(self, from: &[f16; 16]) -> [f32; 16] {
+        map(|i| from[i].to_f32())
+    }
+    #[inline(always)]
+    fn load_bf16(self, from: &[bf16; 16]) -> [f32; 16] {
+        map(|i| f32::from_bits(u32::from(from[i].to_bits()) << 16))
+    }
+    #[inline(always)]
+    fn load_i8(self, from: &[i8; 16]) -> [f32; 16] {
+        map(|i| f32::from(from[i]))
+    }
+    #[inline(always)]
+    fn add(self, a: [f32; 16], b: [f32; 16]) -> [f32; 16] {
         map(|i| a[i] + b[i])
     }
     #[inline(always)]
-    fn fma(self, a: [f32; N], b: [f32; N], c: [f32; N]) -> [f32; N] {
+    fn mul(self, a: [f32; 16], b: [f32; 16]) -> [f32; 16] {
+        map(|i| a[i] * b[i])
+    }
+    #[inline(always)]
+    fn fma(self, a: [f32; 16], b: [f32; 16], c: [f32; 16]) -> [f32; 16] {
         // Two roundings: without the instruction, one would be a library call a lane.
         map(|i| a[i] * b[i] + c[i])
     }
     #[inline(always)]
-    fn sum(self, x: [f32; N]) -> f32 {
-        ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]))
+    fn sum(self, x: [f32; 16]) -> f32 {
+        let mut x = x;
+        for half in [8, 4, 2, 1] {
+            for i in 0..half {
+                x[i] += x[i + half];
+            }
+        }
+        x[0]
+    }
+    #[inline(always)]
+    fn transpose(self, x: [[f32; 16]; 16]) -> [[f32; 16]; 16] {
+        map(|i| map(|j| x[j][i]))
+    }
+
+    #[inline(always)]
+    fn load_bytes(self, from: &[u8; 64]) -> [u8; 64] {
+        *from
+    }
+    #[inline(always)]
+    fn nibbles(self, x: [u8; 64]) -> ([u8; 64], [u8; 64]) {
+        (x.map(|x| x & 15), x.map(|x| x >> 4))
+    }
+    #[inline(always)]
+    fn nibble_zero(self) -> [i32; 16] {
+        [0; 16]
+    }
+    #[inline(always)]
+    fn nibble_dot(self, sum: [i32; 16], w: [u8; 64], x: [i8; 4]) -> [i32; 16] {
+        dot4(sum, |i| i32::from(w[i]), x)
+    }
+    #[inline(always)]
+    fn nibble_total(self, sum: [i32; 16]) -> [f32; 16] {
+        sum.map(|x| x as f32)
+    }
+    #[inline(always)]
+    fn byte_zero(self) -> [i32; 16] {
+        [0; 16]
+    }
+    #[inline(always)]
+    fn byte_dot(self, sum: [i32; 16], w: [u8; 64], x: [i8; 4]) -> [i32; 16] {
+        dot4(sum, |i| i32::from(w[i] as i8), x)
+    }
+    #[inline(always)]
+    fn byte_total(self, sum: [i32; 16]) -> [f32; 16] {
+        sum.map(|x| x as f32)
     }
 }
