@@ -3,6 +3,10 @@
 //! A step computes, for each of its rows, `extend_len` tokens behind `cached_len` tokens whose K
 //! and V are already in pages. A decode is an extend of 1, a prefill chunk an extend of many. Both
 //! ride in the same step; decodes come first.
+//!
+//! What an engine must keep to: steps run in the order in which they were launched, and in every
+//! layer all rows of a step store their K and V before any row reads. A row may therefore read
+//! pages that another row of the same step writes, and does where two requests share a prefix.
 
 use std::sync::{Arc, Condvar, Mutex};
 

@@ -27,6 +27,8 @@ struct Model {
     written: HashMap<PageId, Vec<u32>>,
     random: Random,
     page_size: usize,
+    /// Pages found in the cache, pages replaced by equal ones, and leases that were refused.
+    seen: [usize; 3],
 }
 
 impl Model {
@@ -38,6 +40,7 @@ impl Model {
             written: HashMap::new(),
             random: Random(seed.into()),
             page_size,
+            seen: [0; 3],
         }
     }
 
@@ -66,6 +69,7 @@ impl Model {
         let pages = self.memory.follow(&mut holding, &tokens);
         let computed = pages.len() * self.page_size;
         assert!(computed <= tokens.len());
+        self.seen[0] += pages.len();
         self.requests.push(Request { holding, tokens, computed, pages });
     }
 
@@ -87,6 +91,7 @@ impl Model {
         let grown = self.memory.grow(&mut request.holding, self.memory.pages_for(end));
         assert_eq!(grown, needed <= available, "growth fails only where pages are missing");
         if !grown {
+            self.seen[2] += 1;
             return;
         }
         request.pages.extend(request.holding.leased_from(held.min(request.pages.len())));
@@ -100,6 +105,7 @@ impl Model {
             assert_eq!(duplicates.pages.len(), duplicates.replaced.len());
             let places = duplicates.first..duplicates.first + duplicates.pages.len();
             request.pages.splice(places, duplicates.pages);
+            self.seen[1] += duplicates.replaced.len();
             self.replaced.extend(duplicates.replaced);
         }
     }
@@ -138,9 +144,10 @@ impl Model {
 
 #[test]
 fn random_operations_never_lose_or_share_a_page_wrongly() {
+    let mut refused_in_all = 0;
     for cache in [CacheType::Radix, CacheType::Naive] {
         for (seed, (page_size, pages)) in
-            [(1, 40), (1, 200), (2, 30), (3, 25), (4, 60), (16, 30)].into_iter().enumerate()
+            [(1, 20), (1, 50), (2, 30), (3, 25), (4, 40), (16, 30)].into_iter().enumerate()
         {
             let mut model = Model::new(page_size, pages, cache, seed as u8);
             for _ in 0..20_000 {
@@ -152,9 +159,16 @@ fn random_operations_never_lose_or_share_a_page_wrongly() {
             model.release();
             assert_eq!(model.memory.available_pages(), pages);
             model.flush();
+            let is_radix = cache == CacheType::Radix;
+            let [found, replaced, refused] = model.seen;
+            assert_eq!(found > 100, is_radix, "{found}");
+            // Pages of one token are followed one by one, and never computed twice.
+            assert_eq!(replaced > 20, is_radix && page_size > 1, "{replaced}");
+            refused_in_all += refused;
             assert_eq!(model.memory.free_pages(), pages);
         }
     }
+    assert!(refused_in_all > 1000, "the pools are meant to be too small at times");
 }
 
 #[test]
