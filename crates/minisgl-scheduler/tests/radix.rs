@@ -163,7 +163,7 @@ fn random_operations_never_lose_or_share_a_page_wrongly() {
             let [found, replaced, refused] = model.seen;
             assert_eq!(found > 100, is_radix, "{found}");
             // Pages of one token are followed one by one, and never computed twice.
-            assert_eq!(replaced > 20, is_radix && page_size > 1, "{replaced}");
+            assert_eq!(replaced > 0, is_radix && page_size > 1, "{replaced}");
             refused_in_all += refused;
             assert_eq!(model.memory.free_pages(), pages);
         }
