@@ -41,6 +41,9 @@ impl<E: Engine, S: OutputSink> Scheduler<E, S> {
             self.plan_chunk(slot, &mut draft);
         }
         if draft.rows.is_empty() {
+            let is_done = self.running.is_empty() && self.waiting.is_empty();
+            // Everything else would be to wait for ever.
+            assert!(is_done || self.steps_launched > self.steps_committed, "nobody can go on");
             return None;
         }
         let step = self.steps_launched;
