@@ -12,7 +12,7 @@ use minisgl_tensor::{
 use crate::activations::{NormRow, Prepared};
 use crate::kernels::Rows;
 use crate::matrix::{self, Experts, Matrix, Needs, Vector};
-use crate::memory::{self, Shared, view};
+use crate::memory::{self, Arena, Shared, view};
 use crate::pool::{PerThread, Pool, physical_cores};
 use crate::simd::{Isa, IsaChoice, Kernel, LANES, Simd, math};
 use crate::{attention, moe, rope, sample};
@@ -47,6 +47,14 @@ pub struct CpuBackend {
 pub struct Machine {
     pub pool: Pool,
     pub isa: Isa,
+    arena: Mutex<Arena>,
+}
+
+impl Machine {
+    /// Where weights go.
+    pub fn arena(&self) -> MutexGuard<'_, Arena> {
+        self.arena.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// Buffers that grow to the largest step's and stay, so that a step allocates nothing.
@@ -73,7 +81,7 @@ impl CpuBackend {
             sample: PerThread::new(&pool),
             ids: Vec::new(),
         };
-        let on = Machine { pool, isa: Isa::detect(options.isa)? };
+        let on = Machine { pool, isa: Isa::detect(options.isa)?, arena: Mutex::default() };
         Ok(Self { on, precision: options.precision, scratch: Mutex::new(scratch) })
     }
 

@@ -7,7 +7,7 @@ use minisgl_tensor::{BackendError, DType, HostTensor, Precision, Result};
 
 use crate::backend::Machine;
 use crate::kernels::{Rows, TileProduct};
-use crate::memory::{Buffer, Shared};
+use crate::memory::{Piece, Shared};
 use crate::quant::{block32, decode_row};
 use crate::simd::LANES;
 use crate::tiles::Layout;
@@ -21,7 +21,7 @@ pub struct Matrix {
     pub rows: usize,
     pub cols: usize,
     tiles: Vec<Tile>,
-    buffers: Vec<Buffer>,
+    pieces: Vec<Piece>,
 }
 
 /// Up to sixteen rows.
@@ -29,7 +29,7 @@ struct Tile {
     dtype: DType,
     first_row: usize,
     lanes: usize,
-    buffer: usize,
+    piece: usize,
     offset: usize,
     bytes: usize,
 }
@@ -45,7 +45,7 @@ impl Matrix {
     /// Errors: a part that is no matrix of `cols` columns, or has not its shape's bytes.
     pub fn pack(parts: &[HostTensor<'_>], precision: Precision, on: &Machine) -> Result<Self> {
         let cols = parts.first().map_or(0, HostTensorExt::cols);
-        let mut matrix = Self { rows: 0, cols, tiles: Vec::new(), buffers: Vec::new() };
+        let mut matrix = Self { rows: 0, cols, tiles: Vec::new(), pieces: Vec::new() };
         for part in parts {
             let source = Source::new(part, cols)?;
             // A gated matrix in one piece must have tiles that begin with the second half.
@@ -70,8 +70,8 @@ impl Matrix {
             false => self.cols * LANES * dtype.block_bytes(),
         };
         let count = rows.len().div_ceil(LANES);
-        let mut buffer = Buffer::zeroed(count * bytes)?;
-        let target = Shared::of_slice(buffer.bytes_mut());
+        let mut piece = on.arena().take(count * bytes)?;
+        let target = Shared::of_slice(piece.bytes_mut());
         on.pool.run(count, &|_, index| {
             let first = rows.start + index * LANES;
             // SAFETY: each tile is its own item.
@@ -80,27 +80,27 @@ impl Matrix {
         });
         for index in 0..count {
             let lanes = LANES.min(rows.len() - index * LANES);
-            let (first_row, buffer) = (self.rows + index * LANES, self.buffers.len());
+            let (first_row, piece) = (self.rows + index * LANES, self.pieces.len());
             let offset = index * bytes;
-            self.tiles.push(Tile { dtype, first_row, lanes, buffer, offset, bytes });
+            self.tiles.push(Tile { dtype, first_row, lanes, piece, offset, bytes });
         }
         self.rows += rows.len();
-        self.buffers.push(buffer);
+        self.pieces.push(piece);
         Ok(())
     }
 
     fn tile_bytes(&self, tile: &Tile) -> &[u8] {
-        &self.buffers[tile.buffer].as_bytes()[tile.offset..][..tile.bytes]
+        &self.pieces[tile.piece].as_bytes()[tile.offset..][..tile.bytes]
     }
 
     /// Whether products need activations in 8 bits, and in f32.
     pub fn needs(&self) -> Needs {
-        let any = |quantized| self.buffer_types().any(|dtype| dtype.is_quantized() == quantized);
+        let any = |quantized| self.piece_types().any(|dtype| dtype.is_quantized() == quantized);
         Needs { blocks: any(true), floats: any(false) }
     }
 
-    fn buffer_types(&self) -> impl Iterator<Item = DType> {
-        // One look a buffer is enough; a buffer's first tile is the one at offset 0.
+    fn piece_types(&self) -> impl Iterator<Item = DType> {
+        // One look a piece is enough; a piece's first tile is the one at offset 0.
         self.tiles.iter().filter(|tile| tile.offset == 0).map(|tile| tile.dtype)
     }
 
