@@ -107,7 +107,8 @@ impl<E: Engine, S: OutputSink> Scheduler<E, S> {
         }
         let mut request = self.waiting.remove(index)?;
         let cached_len = cached.len() * self.memory.page_size();
-        if request.generated() == 0 {
+        if !request.has_run {
+            request.has_run = true;
             request.cached_tokens = Some(cached_len as u32);
             add(&self.stats.prompt_tokens, request.prompt_len);
             add(&self.stats.cached_tokens, cached_len);

@@ -11,8 +11,8 @@
 //! To read it in the order of a request's life:
 //!
 //! 1. [`message`]: what comes in and what goes out. [`sampling`]: what a request may ask for.
-//! 2. [`scheduler`]: **the loop**. `request`: what a request has and when it ends; `edits`: how its
-//!    penalties and biases change logits.
+//! 2. [`scheduler`]: **the loop**. `intake`: how requests come in and end. `request`: what one has
+//!    and when it ends; `edits`: how its penalties and biases change logits.
 //! 3. `planning`: what goes into a step: decodes, then chunks of prompts, then new requests.
 //!    `admission`: who is next, and on what expectations of memory. `running`: requests that hold
 //!    pages and a slot, and the states through which they go.
@@ -36,6 +36,7 @@ pub mod cache;
 mod edits;
 pub mod engine;
 pub mod fake;
+mod intake;
 pub mod memory;
 pub mod message;
 mod naive;

@@ -82,8 +82,8 @@ impl<E: Engine, S: OutputSink> Scheduler<E, S> {
         }
     }
 
-    /// Takes a request's pages away. It waits again, in front of all others, and then computes its
-    /// tokens anew as if they were a prompt.
+    /// Takes a request's pages away. It waits again, in front of those that have not run, and
+    /// then computes its tokens anew as if they were a prompt.
     fn preempt(&mut self, slot: Slot) {
         let running = self.running.get_mut(slot);
         tracing::debug!(request = running.request.id.0, "preempted");

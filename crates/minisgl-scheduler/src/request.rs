@@ -21,6 +21,10 @@ pub(crate) struct Request {
     pub len_max: usize,
     pub params: Arc<SamplingParams>,
     pub prompt_scores: Option<PromptScores>,
+    /// How many came before it.
+    pub arrival: u64,
+    /// Whether it has been admitted before.
+    pub has_run: bool,
     /// How often a later request was admitted before it.
     pub bypassed: u32,
     stop_ids: Vec<u32>,
@@ -83,6 +87,8 @@ impl Request {
             prompt_scores: new.prompt_logprobs.map(PromptScores::new),
             params,
             tokens: new.prompt,
+            arrival: 0,
+            has_run: false,
             bypassed: 0,
             stop_ids,
             constraint: new.constraint,

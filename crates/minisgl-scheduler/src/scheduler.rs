@@ -9,9 +9,7 @@ use crate::admission::Admission;
 use crate::cache::CacheType;
 use crate::engine::{Engine, EngineError, EngineLimits};
 use crate::memory::KvMemory;
-use crate::message::{
-    Command, FinishReason, NewRequest, Output, OutputSink, OutputToken, Refusal, RequestId,
-};
+use crate::message::{Command, FinishReason, Output, OutputSink, OutputToken};
 use crate::pages::PageLease;
 use crate::plan::{PlanRow, RowAdjustment, Slot, StepPlan, StepResult};
 use crate::request::{Adjustment, Request};
@@ -57,7 +55,7 @@ pub struct Scheduler<E: Engine, S: OutputSink> {
     pub(crate) limits: EngineLimits,
     pub(crate) options: SchedulerOptions,
     commands: Receiver<Command>,
-    sink: S,
+    pub(crate) sink: S,
     pub(crate) waiting: VecDeque<Request>,
     pub(crate) running: RunningSet,
     pub(crate) memory: KvMemory,
@@ -67,8 +65,8 @@ pub struct Scheduler<E: Engine, S: OutputSink> {
     pub(crate) steps_launched: u64,
     pub(crate) steps_committed: u64,
     /// Set when no new request is taken.
-    draining: bool,
-    outputs: Vec<Output>,
+    pub(crate) draining: bool,
+    pub(crate) outputs: Vec<Output>,
     pub(crate) stats: Arc<SchedulerStats>,
 }
 
@@ -186,86 +184,6 @@ impl<E: Engine, S: OutputSink> Scheduler<E, S> {
 }
 
 impl<E: Engine, S: OutputSink> Scheduler<E, S> {
-    fn submit(&mut self, new: NewRequest) {
-        add(&self.stats.submitted, 1);
-        let id = new.id;
-        let request = match self.check(new) {
-            Ok(request) => request,
-            Err(refusal) => {
-                tracing::debug!(request = id.0, %refusal, "refused");
-                return self.report(refused(id, refusal));
-            }
-        };
-        if request.wants_nothing() {
-            let mut request = request;
-            let output = request.output(None, Some(FinishReason::Length));
-            return self.report(output);
-        }
-        self.waiting.push_back(request);
-    }
-
-    fn check(&self, new: NewRequest) -> Result<Request, Refusal> {
-        let waiting = self.waiting.len();
-        if self.draining {
-            return Err(Refusal::ShuttingDown);
-        }
-        if waiting >= self.options.waiting_max.saturating_add(self.running.free_slots()) {
-            return Err(Refusal::QueueFull { waiting });
-        }
-        Request::new(new, &self.limits, &self.options.eos_ids)
-    }
-
-    fn abort(&mut self, id: RequestId) {
-        if let Some(index) = self.waiting.iter().position(|request| request.id == id) {
-            let mut request = self.waiting.remove(index).expect("it was just found");
-            let output = request.output(None, Some(FinishReason::Abort));
-            return self.report(output);
-        }
-        let found = self.running.iter().find(|running| running.request.id == id);
-        if let Some(slot) = found.map(|running| running.slot) {
-            self.end(slot, None, FinishReason::Abort);
-        }
-    }
-
-    /// Ends everything that waits or runs.
-    fn end_all(&mut self, reason: &FinishReason) {
-        for slot in self.running.slots() {
-            self.end(slot, None, reason.clone());
-        }
-        for mut request in std::mem::take(&mut self.waiting) {
-            self.report(request.output(None, Some(reason.clone())));
-        }
-    }
-
-    /// Gives a running request its last output, with which it begins to drain.
-    pub(crate) fn end(&mut self, slot: Slot, token: Option<OutputToken>, reason: FinishReason) {
-        let running = self.running.get_mut(slot);
-        if running.phase == Phase::Draining {
-            return;
-        }
-        running.phase = Phase::Draining;
-        let output = running.request.output(token, Some(reason));
-        self.report(output);
-        self.release(slot);
-    }
-
-    pub(crate) fn report(&mut self, output: Output) {
-        if output.finish.is_some() {
-            add(&self.stats.finished, 1);
-        }
-        self.outputs.push(output);
-    }
-
-    fn deliver(&mut self) {
-        set(&self.stats.running, self.running.len());
-        set(&self.stats.waiting, self.waiting.len());
-        set(&self.stats.pages_free, self.memory.free_pages());
-        set(&self.stats.pages_cached, self.memory.available_pages() - self.memory.free_pages());
-        if !self.outputs.is_empty() {
-            self.sink.deliver(std::mem::take(&mut self.outputs));
-        }
-    }
-
     /// Plans the next step and starts it, if there is anything to compute.
     fn launch_next(&mut self) -> Result<Option<Launched<E>>, EngineError> {
         let planned_at = Instant::now();
@@ -354,7 +272,10 @@ impl<E: Engine, S: OutputSink> Scheduler<E, S> {
         if running.phase == Phase::Preempting {
             let mut request = running.request;
             request.restart();
-            self.waiting.push_front(request);
+            // In front of all that have not run, and in order with those that have.
+            let is_before = |other: &Request| other.has_run && other.arrival < request.arrival;
+            let place = self.waiting.partition_point(is_before);
+            self.waiting.insert(place, request);
         }
     }
 
@@ -383,15 +304,5 @@ impl<E: Engine, S: OutputSink> Scheduler<E, S> {
     fn check_integrity(&self) {
         let holdings = self.running.iter().map(|running| &running.holding);
         self.memory.check_integrity(holdings, self.replaced.iter().map(|(_, lease)| lease));
-    }
-}
-
-fn refused(id: RequestId, refusal: Refusal) -> Output {
-    Output {
-        id,
-        token: None,
-        cached_tokens: None,
-        prompt_logprobs: None,
-        finish: Some(FinishReason::Refused(refusal)),
     }
 }
