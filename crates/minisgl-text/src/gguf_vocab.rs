@@ -77,11 +77,14 @@ pub(crate) fn build(vocab: GgufVocab) -> Result<Tokenizer> {
         "llama" => sentencepiece(&vocab)?,
         other => bail!("tokenizer.ggml.model is {other:?}; gpt2 and llama are supported"),
     };
+    // SentencePiece's tokens for several spaces may be written with U+2581 or with spaces; both are
+    // found in the text in which one has become the other.
     let added = |kind: GgufTokenType, special: bool| -> Vec<AddedToken> {
         let tokens = vocab.tokens.iter().zip(&vocab.token_types);
         let tokens = tokens.filter(|(token, found)| **found == kind && !token.is_empty());
+        let normalized = !special && vocab.model == "llama" && !vocab.add_space_prefix;
         tokens
-            .map(|(token, _)| AddedToken::from(token.clone(), special).normalized(false))
+            .map(|(token, _)| AddedToken::from(token.clone(), special).normalized(normalized))
             .collect()
     };
     tokenizer.add_special_tokens(&added(GgufTokenType::Control, true));

@@ -69,10 +69,13 @@ impl Tokenizer {
         let mut tokens: Vec<Option<Token>> = Vec::new();
         tokens.resize_with(size, || None);
         for (text, id) in vocab {
-            let (bytes, special) = match added.get(&id) {
-                Some(added) => (added.content.clone().into_bytes(), added.special),
-                None if byte_level => (byte_level_bytes(&text, &characters), false),
-                None => (sentencepiece_bytes(&text), false),
+            let added = added.get(&id);
+            let special = added.is_some_and(|added| added.special);
+            let bytes = match added {
+                // SentencePiece writes the spaces of added text as those of any other.
+                Some(added) if special || byte_level => added.content.clone().into_bytes(),
+                _ if byte_level => byte_level_bytes(&text, &characters),
+                _ => sentencepiece_bytes(&text),
             };
             tokens[id as usize] = Some(Token { bytes: bytes.into(), special });
         }
