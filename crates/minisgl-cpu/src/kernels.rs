@@ -166,15 +166,19 @@ impl Codes for Nibbles {
 
     #[inline(always)]
     fn dot<S: Simd, const R: usize>(s: S, codes: &[u8], x: [&[i8]; R]) -> [S::F32; R] {
-        let x = array!(R, &[] as &[[i8; 4]], |r| x[r].as_chunks().0);
+        let x =
+            array!(R, &[[0; 4]; 8], |r| x[r].as_chunks().0.first_chunk().unwrap_or(&[[0; 4]; 8]));
         let mut sums = [s.nibble_zero(); R];
-        for (c, chunk) in codes.as_chunks::<64>().0.iter().enumerate() {
+        // Unrolled, the compiler computes row by row and spills every code on the way.
+        let chunks = std::hint::black_box(Self::BYTES / 64);
+        for (c, chunk) in codes.as_chunks::<64>().0.iter().take(chunks).enumerate() {
             let (low, high) = s.nibbles(s.load_bytes(chunk));
+            let (first, second) = (2 * c % 8, (2 * c + 1) % 8);
             for r in 0..R {
-                sums[r] = s.nibble_dot(sums[r], low, x[r][2 * c]);
+                sums[r] = s.nibble_dot(sums[r], low, x[r][first]);
             }
             for r in 0..R {
-                sums[r] = s.nibble_dot(sums[r], high, x[r][2 * c + 1]);
+                sums[r] = s.nibble_dot(sums[r], high, x[r][second]);
             }
         }
         array!(R, s.splat(0.0), |r| s.nibble_total(sums[r]))
