@@ -31,6 +31,11 @@ __device__ __forceinline__ void named_barrier(int number, int threads) {
 __device__ __forceinline__ void publish_shared() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
+// `bytes` bytes, a multiple of 16, between addresses that are one, too.
+__device__ __forceinline__ void fetch_bytes(u32 to, const void *from, u32 bytes, u32 barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                 :: "r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
+}
 // The box at column `x`, row `y` of the map's matrix; rows outside of it give zeros.
 __device__ __forceinline__ void fetch_box(u32 to, const TensorMap &map, u32 barrier, int x, int y) {
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "

@@ -1,11 +1,9 @@
 //! Paged attention: decode rows split along their context, the others in tiles of queries.
 
-use std::ffi::c_void;
-
 use minisgl_tensor::{Attention, BackendError, DType, Heads, Result, Tensor};
 
 use crate::backend::CudaBackend;
-use crate::device::Launch;
+use crate::device::{Launch, address_of};
 use crate::kernels::Module;
 use crate::tiles::Matrix;
 
@@ -96,7 +94,7 @@ impl CudaBackend {
         } else {
             (longest * group).div_ceil(64) * heads.kv
         };
-        let shape = Launch { grid: [blocks, 1, rows], threads: 128, shared: 0 };
+        let shape = Launch { grid: [blocks, 1, rows], threads: 128, shared: 0, cluster: 1 };
         // SAFETY: `Args` has the kernel's layout; its addresses are the step's tensors.
         unsafe { self.device.launch_struct(function, shape, &args) }
     }
@@ -122,7 +120,7 @@ impl CudaBackend {
             ],
             "attention",
         )?;
-        let shape = Launch { grid: [kv_heads, splits, rows], threads: 128, shared: 0 };
+        let shape = Launch { grid: [kv_heads, splits, rows], threads: 128, shared: 0, cluster: 1 };
         // SAFETY: as in `attention_op`.
         unsafe { self.device.launch_struct(function, shape, args) }
     }
@@ -145,6 +143,7 @@ impl CudaBackend {
             threads: 384,
             // Q, two tiles of K and two of V, and room to align them.
             shared: 5 * PAIRS * heads.dim * 2 + 1024,
+            cluster: 1,
         };
         let mut words = [
             address_of(&k),
@@ -170,8 +169,4 @@ const PAIRS: usize = 128;
 /// Whether K and V can be fetched in whole boxes of swizzled rows.
 fn takes_tiles(heads: Heads, page_size: usize) -> bool {
     matches!(heads.dim, 64 | 128) && page_size.is_power_of_two() && page_size >= 8
-}
-
-fn address_of<T>(value: &T) -> *mut c_void {
-    std::ptr::from_ref(value).cast_mut().cast()
 }

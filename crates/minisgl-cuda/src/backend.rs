@@ -47,7 +47,10 @@ impl CudaBackend {
         let kernels = Kernels::new(&device, exact)?;
         let mut modules = vec![(Module::Elementwise, vec![]), (Module::Sample, vec![])];
         if !exact {
-            modules.extend(crate::linear::gemv_variants());
+            modules.extend(crate::linear::gemv_variants(device.capability.0 >= 9));
+        }
+        if !exact && device.capability == (9, 0) {
+            modules.extend(crate::narrow::narrow_variants());
         }
         kernels.prepare(&modules)?;
         Ok(Self {

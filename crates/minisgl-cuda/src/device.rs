@@ -203,10 +203,26 @@ impl Device {
         words: &mut [*mut c_void],
     ) -> Result<()> {
         self.bind()?;
-        let mut attribute = sys::CUlaunchAttribute {
-            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
-            pad: [0; 4],
-            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        use sys::CUlaunchAttributeID as Id;
+        let attribute = |id, value| sys::CUlaunchAttribute { id, pad: [0; 4], value };
+        let [x, y, z] = [shape.cluster as u32, 1, 1];
+        let mut attributes = [
+            attribute(
+                Id::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+                sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+            ),
+            attribute(
+                Id::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
+                sys::CUlaunchAttributeValue {
+                    clusterDim: sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x, y, z },
+                },
+            ),
+        ];
+        // Both are new with 9.0.
+        let count = match (self.capability.0, shape.cluster) {
+            (..9, _) => 0,
+            (_, 1) => 1,
+            _ => 2,
         };
         let config = sys::CUlaunchConfig {
             gridDimX: shape.grid[0] as u32,
@@ -217,8 +233,8 @@ impl Device {
             blockDimZ: 1,
             sharedMemBytes: shape.shared as u32,
             hStream: self.stream,
-            attrs: &raw mut attribute,
-            numAttrs: u32::from(self.capability.0 >= 9),
+            attrs: attributes.as_mut_ptr(),
+            numAttrs: count,
         };
         // SAFETY: config and arguments outlive the call; the driver copies both.
         unsafe {
@@ -260,12 +276,19 @@ pub(crate) struct Launch {
     pub(crate) grid: [usize; 3],
     pub(crate) threads: usize,
     pub(crate) shared: usize,
+    /// Blocks side by side in x that read each other's shared memory.
+    pub(crate) cluster: usize,
 }
 
 impl Launch {
     pub(crate) fn new(blocks: usize, threads: usize) -> Self {
-        Self { grid: [blocks, 1, 1], threads, shared: 0 }
+        Self { grid: [blocks, 1, 1], threads, shared: 0, cluster: 1 }
     }
+}
+
+/// Where a kernel's argument lies.
+pub(crate) fn address_of<T>(value: &T) -> *mut c_void {
+    std::ptr::from_ref(value).cast_mut().cast()
 }
 
 /// A kernel argument of up to 8 bytes.

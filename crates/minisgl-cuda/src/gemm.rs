@@ -1,13 +1,13 @@
 //! Matrix products of many rows: cuBLASLt, with the algorithm picked by measurement per shape.
 
-use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
 use cudarc::cublaslt::{result as lt, sys};
-use cudarc::driver::result;
+use cudarc::driver::sys::CUstream;
 use minisgl_tensor::{DType, Memory, Result, Tensor};
 
-use crate::device::{Device, DeviceMemory, driver, fail};
+use crate::device::{Device, DeviceMemory, fail};
+use crate::tuning::{Algorithms, Shape, Stopwatch};
 
 const WORKSPACE: usize = 64 << 20;
 const CANDIDATES: usize = 12;
@@ -22,20 +22,13 @@ pub(crate) struct Product<'a> {
     pub(crate) add: bool,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq, Hash)]
-struct Shape {
-    m: usize,
-    n: usize,
-    k: usize,
-    out_f32: bool,
-    add: bool,
-}
-
 pub(crate) struct Gemm {
     device: Arc<Device>,
     handle: sys::cublasLtHandle_t,
     workspace: Arc<DeviceMemory>,
-    chosen: Mutex<HashMap<Shape, sys::cublasLtMatmulAlgo_t>>,
+    algorithms: Algorithms,
+    /// Made when there is something to time.
+    stopwatch: Mutex<Option<Stopwatch>>,
 }
 
 // SAFETY: cuBLASLt handles may be shared between threads.
@@ -57,7 +50,9 @@ impl Gemm {
             device: Arc::clone(device),
             handle: lt::create_handle().map_err(|e| fail(format!("cublasLtCreate: {e}")))?,
             workspace: device.alloc(WORKSPACE)?,
-            chosen: Mutex::default(),
+            // SAFETY: asks for a number.
+            algorithms: Algorithms::open(&device.name, unsafe { sys::cublasLtGetVersion() }),
+            stopwatch: Mutex::default(),
         })
     }
 
@@ -69,71 +64,53 @@ impl Gemm {
             k: product.w.row_len(),
             out_f32: product.out_dtype == DType::F32,
             add: product.add,
+            exact: product.w.dtype() == DType::F32,
         };
         let plan = Plan::new(product, shape)?;
-        let known = self
-            .chosen
-            .lock()
-            .map_err(|_| fail("the algorithm table is poisoned"))?
-            .get(&shape)
-            .copied();
-        let algorithm = match known {
+        let algorithm = match self.algorithms.get(shape) {
             Some(algorithm) if self.fits(&plan, &algorithm) => algorithm,
             _ => {
                 let algorithm = self.choose(&plan, product)?;
-                if let Ok(mut chosen) = self.chosen.lock() {
-                    chosen.insert(shape, algorithm);
-                }
+                self.algorithms.insert(shape, algorithm);
                 algorithm
             }
         };
-        self.enqueue(&plan, product, product.out, &algorithm)
+        self.enqueue(
+            &plan,
+            product,
+            product.out,
+            (&algorithm, self.workspace.address(), self.device.stream),
+        )
     }
 
-    /// Times the heuristic's candidates into a scratch output; while a graph is captured nothing
-    /// can be timed and the first one stands.
+    /// Times the heuristic's candidates, on a stream, a workspace and into an output of their own.
     fn choose(&self, plan: &Plan, product: &Product<'_>) -> Result<sys::cublasLtMatmulAlgo_t> {
         let candidates = self.candidates(plan)?;
-        if candidates.len() == 1 || self.device.is_capturing()? {
-            return candidates
-                .first()
-                .copied()
-                .ok_or_else(|| fail("cuBLASLt has no algorithm for this shape"));
+        let mut stopwatch = self.stopwatch.lock().map_err(|_| fail("the stopwatch is poisoned"))?;
+        if stopwatch.is_none() {
+            *stopwatch = Some(Stopwatch::new(&self.device)?);
         }
+        let stopwatch = stopwatch.as_ref().ok_or_else(|| fail("a stopwatch was just made"))?;
         let bytes = product.rows * plan.n * product.out_dtype.block_bytes();
-        let scratch = self.device.alloc(bytes)?;
-        let (start, end) = (event()?, event()?);
-        let mut best = (f32::INFINITY, candidates[0]);
+        let (out, workspace) = (self.device.alloc(bytes)?, self.device.alloc(WORKSPACE)?);
+        let mut best = None;
         for algorithm in candidates {
-            let mut fastest = f32::INFINITY;
-            for _ in 0..4 {
-                // SAFETY: both events live until the end of this function.
-                unsafe { result::event::record(start, self.device.stream) }
-                    .map_err(|e| driver("cuEventRecord", e))?;
-                if self.enqueue(plan, product, scratch.address(), &algorithm).is_err() {
-                    break;
-                }
-                // SAFETY: as above.
-                unsafe {
-                    result::event::record(end, self.device.stream)
-                        .map_err(|e| driver("cuEventRecord", e))?;
-                    result::event::synchronize(end).map_err(|e| driver("cuEventSynchronize", e))?;
-                    fastest = fastest.min(
-                        result::event::elapsed(start, end)
-                            .map_err(|e| driver("cuEventElapsedTime", e))?,
-                    );
-                }
-            }
-            if fastest < best.0 {
-                best = (fastest, algorithm);
+            let time = stopwatch.time(|stream| {
+                self.enqueue(
+                    plan,
+                    product,
+                    out.address(),
+                    (&algorithm, workspace.address(), stream),
+                )
+            });
+            if let Ok(time) = time
+                && best.is_none_or(|(least, _)| time < least)
+            {
+                best = Some((time, algorithm));
             }
         }
-        // SAFETY: made above, used no more.
-        unsafe {
-            let _ = result::event::destroy(start);
-            let _ = result::event::destroy(end);
-        }
-        Ok(best.1)
+        best.map(|(_, algorithm)| algorithm)
+            .ok_or_else(|| fail("cuBLASLt has no algorithm for this shape"))
     }
 
     fn candidates(&self, plan: &Plan) -> Result<Vec<sys::cublasLtMatmulAlgo_t>> {
@@ -192,7 +169,7 @@ impl Gemm {
         plan: &Plan,
         product: &Product<'_>,
         out: u64,
-        algorithm: &sys::cublasLtMatmulAlgo_t,
+        (algorithm, workspace, stream): (&sys::cublasLtMatmulAlgo_t, u64, CUstream),
     ) -> Result<()> {
         let (alpha, beta) = (1f32, f32::from(u8::from(product.add)));
         // SAFETY: addresses and layouts describe memory that the caller holds.
@@ -211,9 +188,9 @@ impl Gemm {
                 out as *mut _,
                 plan.out,
                 algorithm,
-                self.workspace.address() as *mut _,
+                workspace as *mut _,
                 WORKSPACE,
-                self.device.stream.cast(),
+                stream.cast(),
             )
         }
         .map_err(|e| {
@@ -241,11 +218,6 @@ fn bucket(rows: usize) -> usize {
         65..=512 => rows.next_multiple_of(32),
         _ => rows.next_power_of_two(),
     }
-}
-
-fn event() -> Result<cudarc::driver::sys::CUevent> {
-    result::event::create(cudarc::driver::sys::CUevent_flags::CU_EVENT_DEFAULT)
-        .map_err(|e| driver("cuEventCreate", e))
 }
 
 /// cuBLASLt's descriptors. It thinks in columns: `outᵀ[n, m] = w[n, k] · xᵀ[k, m]`.

@@ -19,6 +19,8 @@ const COMMON: &str = include_str!("../kernels/common.cuh");
 pub enum Module {
     Elementwise,
     Gemv,
+    Stream,
+    Narrow,
     Attention,
     Prefill,
     Sample,
@@ -30,6 +32,12 @@ impl Module {
         match self {
             Module::Elementwise => include_str!("../kernels/elementwise.cu"),
             Module::Gemv => include_str!("../kernels/gemv.cu"),
+            Module::Stream => {
+                concat!(include_str!("../kernels/hopper.cuh"), include_str!("../kernels/stream.cu"))
+            }
+            Module::Narrow => {
+                concat!(include_str!("../kernels/hopper.cuh"), include_str!("../kernels/narrow.cu"))
+            }
             Module::Attention => include_str!("../kernels/attention.cu"),
             Module::Prefill => {
                 concat!(

@@ -5,8 +5,8 @@
 //! compiled for the card's own architecture at first use and kept as cubins on disk.
 //!
 //! Reading order: `device` (context, stream, memory, launches), `staging` (copies), `kernels`
-//! (compiling and caching), `gemm` (cuBLASLt), `weights`, and `backend` with its operations in
-//! `linear`, `attention`, `moe` and `sampling`.
+//! (compiling and caching), `gemm` and `tuning` (cuBLASLt), `weights`, and `backend` with its operations in
+//! `linear` (and `narrow`), `attention`, `moe` and `sampling`.
 
 mod attention;
 mod backend;
@@ -15,9 +15,11 @@ mod gemm;
 mod kernels;
 mod linear;
 mod moe;
+mod narrow;
 mod sampling;
 mod staging;
 mod tiles;
+mod tuning;
 mod weights;
 
 pub use backend::{CudaBackend, CudaOptions};

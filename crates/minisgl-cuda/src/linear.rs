@@ -1,6 +1,6 @@
 //! Matrix products: our own kernel for few rows, cuBLASLt for many.
 
-use minisgl_tensor::{Activation, DType, Linear, Result, Store, Tensor};
+use minisgl_tensor::{Activation, Backend, DType, Linear, Result, Store, Tensor};
 
 use crate::backend::{CudaBackend, norm_args};
 use crate::device::{Launch, args};
@@ -15,19 +15,14 @@ const GEMV_ELEMENTS_MAX: usize = 16 << 20;
 
 impl CudaBackend {
     pub(crate) fn linear_op(&self, a: &Linear<'_>, out: &Tensor) -> Result<()> {
-        let (rows, k) = (a.x.dim(0), a.x.row_len());
+        let rows = a.x.dim(0);
         if self.prefers_gemv(a) {
             return self.gemv(a, None, out);
         }
-        let weight = tensor(a.weight);
-        let x = match a.norm {
-            Some(norm) => {
-                let normed = self.scratch("normed", self.dtype(), &[rows, k])?;
-                minisgl_tensor::Backend::rms_norm(self, a.x, norm, &normed)?;
-                normed
-            }
-            None => a.x.clone(),
-        };
+        let x = self.normed(a)?;
+        if self.prefers_narrow(a) {
+            return self.narrow(a, &x, None, out);
+        }
         let mut add = a.store == Store::Add;
         if let Some(bias) = a.bias {
             let name =
@@ -42,7 +37,7 @@ impl CudaBackend {
         }
         self.gemm.run(&Product {
             x: x.address(),
-            w: weight,
+            w: tensor(a.weight),
             out: out.address(),
             rows,
             out_dtype: out.dtype(),
@@ -60,6 +55,9 @@ impl CudaBackend {
         if self.prefers_gemv(a) {
             return self.gemv(a, Some(activation), out);
         }
+        if self.prefers_narrow(a) {
+            return self.narrow(a, &self.normed(a)?, Some(activation), out);
+        }
         let both = self.scratch("gate_up", self.dtype(), &[rows, 2 * inner])?;
         self.linear_op(&Linear { store: Store::Set, ..*a }, &both)?;
         let count = rows * inner;
@@ -71,15 +69,73 @@ impl CudaBackend {
         )
     }
 
+    /// `x`, normed where there is a norm.
+    fn normed(&self, a: &Linear<'_>) -> Result<Tensor> {
+        let Some(norm) = a.norm else { return Ok(a.x.clone()) };
+        let normed = self.scratch("normed", self.dtype(), a.x.shape())?;
+        self.rms_norm(a.x, norm, &normed)?;
+        Ok(normed)
+    }
+
     fn prefers_gemv(&self, a: &Linear<'_>) -> bool {
         let weight = tensor(a.weight);
         !self.exact
             && a.x.dim(0) <= GEMV_ROWS_MAX
-            && weight.elements() <= GEMV_ELEMENTS_MAX
+            && (self.streams() || weight.elements() <= GEMV_ELEMENTS_MAX)
             && weight.row_len().is_multiple_of(8)
     }
 
+    /// Whether the card copies in bulk, and `stream.cu` takes `gemv.cu`'s place.
+    fn streams(&self) -> bool {
+        self.device.capability.0 >= 9
+    }
+
+    /// `gemv.cu`'s product with the weights fetched ahead of the kernels in front.
+    fn stream(&self, a: &Linear<'_>, gated: Option<Activation>, out: &Tensor) -> Result<()> {
+        let (rows, k, n) = (a.x.dim(0), a.x.row_len(), out.row_len());
+        let (norm, eps, shift) = norm_args(a.norm);
+        let tiles = if gated.is_some() || n >= 16 * self.device.multiprocessors { 2 } else { 1 };
+        let blocks = n.div_ceil(if gated.is_some() { 8 } else { tiles * 8 });
+        // All blocks walk as many tiles, so that all end at about the same time.
+        let rounds = blocks.div_ceil(self.device.multiprocessors * 2);
+        let grid = blocks.div_ceil(rounds);
+        let stage_bytes = tiles * 8 * (STREAM_STAGE * 2 + 64);
+        let steps = k.div_ceil(STREAM_STAGE) * rounds;
+        let stages = steps.min(STREAM_BYTES / stage_bytes);
+        let args = StreamArgs {
+            x: a.x.address(),
+            w: tensor(a.weight).address(),
+            norm,
+            bias: a.bias.map_or(0, |b| tensor(b).address()),
+            out: out.address(),
+            rows: rows as i32,
+            n: n as i32,
+            k: k as i32,
+            stages: stages as i32,
+            add: i32::from(a.store == Store::Add),
+            gelu: i32::from(gated == Some(Activation::GeluTanh)),
+            eps,
+            shift,
+        };
+        let mut defines =
+            variant(rows > 8, gated.is_some(), a.norm.is_some(), out.dtype() == DType::F32);
+        defines.push(("TILES", tiles as i32));
+        let function = self.kernels.get(Module::Stream, &defines, "stream")?;
+        let norm_bytes = if a.norm.is_some() { k * 4 } else { 0 };
+        let shape = Launch {
+            grid: [grid, 1, 1],
+            threads: 288,
+            shared: stages * stage_bytes + norm_bytes,
+            cluster: 1,
+        };
+        // SAFETY: `StreamArgs` has the kernel's layout; shapes as `Backend::linear` states.
+        unsafe { self.device.launch_struct(function, shape, &args) }
+    }
+
     fn gemv(&self, a: &Linear<'_>, gated: Option<Activation>, out: &Tensor) -> Result<()> {
+        if self.streams() {
+            return self.stream(a, gated, out);
+        }
         let (rows, k, n) = (a.x.dim(0), a.x.row_len(), out.row_len());
         let defines =
             variant(rows > 8, gated.is_some(), a.norm.is_some(), out.dtype() == DType::F32);
@@ -92,6 +148,7 @@ impl CudaBackend {
             grid: [n.div_ceil(8), 1, 1],
             threads: warps * 32,
             shared: warps * (tiles * 16 * 8 + 16) * 4,
+            cluster: 1,
         };
         let bias = a.bias.map_or(0, |b| tensor(b).address());
         let gelu = gated == Some(Activation::GeluTanh);
@@ -117,7 +174,7 @@ fn variant(two_halves: bool, gated: bool, norm: bool, out_f32: bool) -> Vec<(&'s
 }
 
 /// Every variant that a decoder can ask for.
-pub(crate) fn gemv_variants() -> Vec<(Module, Vec<(&'static str, i32)>)> {
+pub(crate) fn gemv_variants(streams: bool) -> Vec<(Module, Vec<(&'static str, i32)>)> {
     let mut all = Vec::new();
     for two_halves in [false, true] {
         for (gated, norm, out_f32) in [
@@ -127,8 +184,41 @@ pub(crate) fn gemv_variants() -> Vec<(Module, Vec<(&'static str, i32)>)> {
             (false, false, true),
             (false, true, true),
         ] {
-            all.push((Module::Gemv, variant(two_halves, gated, norm, out_f32)));
+            let defines = variant(two_halves, gated, norm, out_f32);
+            if !streams {
+                all.push((Module::Gemv, defines));
+                continue;
+            }
+            // Few rows of w only where a result is added to the residual stream.
+            for tiles in if norm { 2..=2 } else { 1..=2 } {
+                let mut defines = defines.clone();
+                defines.push(("TILES", tiles));
+                all.push((Module::Stream, defines));
+            }
         }
     }
     all
+}
+
+/// As `STAGE` in `kernels/stream.cu`.
+const STREAM_STAGE: usize = 512;
+/// So little shared memory that the next product's blocks find room beside two of this one's.
+const STREAM_BYTES: usize = 53 << 10;
+
+/// As `Args` in `kernels/stream.cu`.
+#[repr(C)]
+struct StreamArgs {
+    x: u64,
+    w: u64,
+    norm: u64,
+    bias: u64,
+    out: u64,
+    rows: i32,
+    n: i32,
+    k: i32,
+    stages: i32,
+    add: i32,
+    gelu: i32,
+    eps: f32,
+    shift: f32,
 }

@@ -17,7 +17,7 @@ impl CudaBackend {
         let weights = self.scratch("expert weights", DType::F32, &[tokens, a.top_k])?;
         let mid = self.scratch("expert activations", self.dtype(), &[tokens * a.top_k, inner])?;
         let kernel = |name| self.kernels.get(Module::Moe, &[], name);
-        let shape = Launch { grid: [tokens, 1, 1], threads: 256, shared: experts * 4 };
+        let shape = Launch { grid: [tokens, 1, 1], threads: 256, shared: experts * 4, cluster: 1 };
         // SAFETY: each kernel's parameters in order, over tensors of the shapes in `moe.cu`.
         unsafe {
             self.device.launch(
@@ -34,14 +34,23 @@ impl CudaBackend {
                     &weights
                 ],
             )?;
-            let shape =
-                Launch { grid: [inner.div_ceil(8), tokens * a.top_k, 1], threads: 256, shared: 0 };
+            let shape = Launch {
+                grid: [inner.div_ceil(8), tokens * a.top_k, 1],
+                threads: 256,
+                shared: 0,
+                cluster: 1,
+            };
             self.device.launch(
                 kernel("expand")?,
                 shape,
                 args![&normed, tensor(a.gate_up), &ids, hidden, inner, a.top_k, &mid],
             )?;
-            let shape = Launch { grid: [hidden.div_ceil(8), tokens, 1], threads: 256, shared: 0 };
+            let shape = Launch {
+                grid: [hidden.div_ceil(8), tokens, 1],
+                threads: 256,
+                shared: 0,
+                cluster: 1,
+            };
             self.device.launch(
                 kernel("reduce")?,
                 shape,

@@ -37,8 +37,12 @@ impl CudaBackend {
             }
             let masks = self.scratch("masks", DType::I32, &[words.len()])?;
             self.staging.upload(bytemuck::cast_slice(&words), &masks)?;
-            let shape =
-                Launch { grid: [vocab.div_ceil(256), a.masks.len(), 1], threads: 256, shared: 0 };
+            let shape = Launch {
+                grid: [vocab.div_ceil(256), a.masks.len(), 1],
+                threads: 256,
+                shared: 0,
+                cluster: 1,
+            };
             self.simple("mask_logits", shape, args![logits, vocab, &masks, length])?;
         }
         Ok(())
@@ -50,7 +54,8 @@ impl CudaBackend {
         let stats = self.scratch("sample", DType::F32, &[rows, chunks, 4])?;
         let survey = self.kernels.get(Module::Sample, &[], "survey")?;
         let choose = self.kernels.get(Module::Sample, &[], "choose")?;
-        let shape = Launch { grid: [chunks.div_ceil(4), rows, 1], threads: 128, shared: 0 };
+        let shape =
+            Launch { grid: [chunks.div_ceil(4), rows, 1], threads: 128, shared: 0, cluster: 1 };
         // SAFETY: the kernels' parameters in order; every tensor has an entry a row.
         unsafe {
             self.device.launch(
