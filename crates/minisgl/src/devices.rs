@@ -81,20 +81,23 @@ fn open_ranks(device: Device, options: &RuntimeOptions) -> Result<Vec<RankDevice
 
 fn engine_options(device: Device, options: &RuntimeOptions) -> EngineOptions {
     let defaults = EngineOptions::default();
+    let is_cpu = device == Device::Cpu;
+    // Running requests wait for a chunk of somebody's prompt, so it is as large as the device is fast.
+    let (requests, step_tokens) = if is_cpu { (64, 512) } else { (256, 8192) };
     let kv_size = match (options.num_pages, options.memory_ratio) {
         (Some(pages), _) => KvSize::Pages(pages),
         (None, Some(share)) => KvSize::FreeShare(share),
         // A card is there to serve; a computer does other things, too.
-        (None, None) if device == Device::Cpu => KvSize::Modest,
+        (None, None) if is_cpu => KvSize::Modest,
         (None, None) => KvSize::FreeShare(0.9),
     };
     EngineOptions {
         precision: precision(options.dtype),
         page_size: options.page_size.unwrap_or(defaults.page_size),
         kv_size,
-        running_requests_max: options.max_running_requests.unwrap_or(defaults.running_requests_max),
+        running_requests_max: options.max_running_requests.unwrap_or(requests),
         seq_len_max: options.max_seq_len_override,
-        step_tokens_max: options.max_prefill_length.unwrap_or(defaults.step_tokens_max),
+        step_tokens_max: options.max_prefill_length.unwrap_or(step_tokens),
         graph_batch_max: options.cuda_graph_max_bs.unwrap_or(defaults.graph_batch_max),
         dummy_weights: options.dummy_weight,
     }

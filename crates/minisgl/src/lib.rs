@@ -1,8 +1,8 @@
 //! Mini-SGLang in Rust: an LLM inference and serving engine.
 //!
 //! Reading order: `options` (what a user can say), `source` (where models come from), `devices`
-//! (backends, and the engine over them), `runtime` (engine and text joined), `llm` (prompts in, completions out), `batch` (files of
-//! them), `bench` (workloads and single steps, for measuring).
+//! (backends, and the engine over them), `runtime` (engine and text joined), `llm` (prompts in,
+//! completions out), `batch` (files of them), `trace` (a timeline), `bench` (measuring).
 
 pub mod batch;
 pub mod bench;
@@ -11,3 +11,4 @@ pub mod llm;
 pub mod options;
 pub mod runtime;
 pub mod source;
+pub mod trace;

@@ -115,19 +115,7 @@ impl Llm {
     /// # Errors
     /// If it cannot be run.
     pub fn submit(&self, prompt: Prompt, params: &GenerateParams) -> Result<Generation> {
-        let prompt = match prompt {
-            Prompt::Text(text) => minisgl_frontend::Prompt::Text(text),
-            Prompt::Tokens(ids) => minisgl_frontend::Prompt::Tokens(ids),
-            Prompt::Chat(messages) => {
-                minisgl_frontend::Prompt::Chat(Box::new(ChatRequest::new(messages)))
-            }
-        };
-        Ok(self.frontend().submit(GenerateRequest {
-            params: params.sampling.clone(),
-            seed: params.seed,
-            stop: params.stop.clone(),
-            ..GenerateRequest::new(prompt)
-        })?)
+        Ok(self.frontend().submit(request(prompt, params))?)
     }
 
     /// What takes requests, with all that it can tell about itself.
@@ -138,6 +126,23 @@ impl Llm {
     /// What the model runs on, as the backend calls itself.
     pub fn device(&self) -> &str {
         &self.runtime.device
+    }
+}
+
+/// A prompt and its parameters as the frontend takes them.
+pub fn request(prompt: Prompt, params: &GenerateParams) -> GenerateRequest {
+    let prompt = match prompt {
+        Prompt::Text(text) => minisgl_frontend::Prompt::Text(text),
+        Prompt::Tokens(ids) => minisgl_frontend::Prompt::Tokens(ids),
+        Prompt::Chat(messages) => {
+            minisgl_frontend::Prompt::Chat(Box::new(ChatRequest::new(messages)))
+        }
+    };
+    GenerateRequest {
+        params: params.sampling.clone(),
+        seed: params.seed,
+        stop: params.stop.clone(),
+        ..GenerateRequest::new(prompt)
     }
 }
 

@@ -2,6 +2,7 @@
 //! has one.
 
 use std::fmt;
+use std::path::PathBuf;
 use std::str::FromStr;
 
 use clap::{Args, ValueEnum};
@@ -61,20 +62,13 @@ pub struct RuntimeOptions {
     #[arg(long, visible_alias = "graph", value_name = "REQUESTS", help_heading = "Device")]
     pub cuda_graph_max_bs: Option<usize>,
 
-    /// Attention kernels, or PREFILL,DECODE separately
-    #[arg(
-        long,
-        visible_alias = "attention-backend",
-        value_name = "KERNELS",
-        help_heading = "Device"
-    )]
-    pub attn: Option<String>,
-
-    /// Requests that run at once; the others wait [default: 256]
+    /// Requests that run at once; the others wait [default: 256 on a GPU, 64 on
+    /// the CPU]
     #[arg(long, value_name = "REQUESTS", help_heading = "Scheduling")]
     pub max_running_requests: Option<usize>,
 
-    /// Tokens that one step computes: longer prompts are prefilled in chunks [default: by device]
+    /// Tokens that one step computes: longer prompts are prefilled in chunks [default: 8192 on
+    /// a GPU, 512 on the CPU]
     #[arg(
         long,
         visible_alias = "max-extend-length",
@@ -87,20 +81,24 @@ pub struct RuntimeOptions {
     #[arg(long, help_heading = "Scheduling")]
     pub disable_overlap: bool,
 
+    /// Write a timeline of the steps, for ui.perfetto.dev or chrome://tracing
+    #[arg(long, value_name = "FILE", help_heading = "Scheduling")]
+    pub trace: Option<PathBuf>,
+
     /// How prefixes are kept for later requests
     #[arg(long, value_enum, default_value_t, help_heading = "KV cache")]
     pub cache_type: CacheType,
 
-    /// Tokens in a page of the KV cache, 1 to 256 [default: by device]
+    /// Tokens in a page of the KV cache, 1 to 256 [default: 16]
     #[arg(long, value_name = "TOKENS", help_heading = "KV cache")]
     pub page_size: Option<usize>,
 
-    /// Pages in the KV cache [default: by --memory-ratio]
+    /// Pages in the KV cache, in place of --memory-ratio
     #[arg(long, value_name = "PAGES", help_heading = "KV cache")]
     pub num_pages: Option<usize>,
 
-    /// Share of the device's memory for model and KV cache together [default: 0.9 on a GPU; on
-    /// the CPU a quarter of what is free for the KV cache]
+    /// Share of the memory that is free beside the weights for the KV cache [default: 0.9 on a
+    /// GPU; on the CPU four of the longest sequences, in at most an eighth]
     #[arg(long, value_name = "SHARE", help_heading = "KV cache")]
     pub memory_ratio: Option<f64>,
 }

@@ -1,15 +1,18 @@
 //! A model made ready: its text side, its engine, and the frontend that joins them.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use minisgl_engine::{Checkpoint, GgufMetadata};
 use minisgl_frontend::{Frontend, FrontendOptions};
 use minisgl_scheduler::SchedulerOptions;
+use minisgl_scheduler::stats::StepObserver;
 use minisgl_text::{GgufTokenType, GgufVocab, TextModel};
 
 use crate::devices::LoadedEngine;
 use crate::options::RuntimeOptions;
+use crate::trace::Trace;
 
 /// A running model.
 pub struct Runtime {
@@ -17,6 +20,8 @@ pub struct Runtime {
     pub frontend: Frontend,
     /// The model's name, as clients may call it.
     pub model: String,
+    /// Where it was read from.
+    pub path: PathBuf,
     /// As the backend calls itself.
     pub device: String,
 }
@@ -27,7 +32,7 @@ impl Runtime {
     /// # Errors
     /// If the model cannot be had, is not what it says, or does not fit.
     pub fn start(options: &RuntimeOptions) -> Result<Self> {
-        Self::start_with(options, scheduler_options(options))
+        Self::start_with(options, scheduler_options(options)?)
     }
 
     /// As `start`, with more said about scheduling.
@@ -49,17 +54,25 @@ impl Runtime {
         let loaded = LoadedEngine::load(checkpoint, options)?;
         let frontend =
             Frontend::start(loaded.engine, Arc::new(text), FrontendOptions { scheduler })?;
-        Ok(Self { frontend, model, device: loaded.device })
+        Ok(Self { frontend, model, path, device: loaded.device })
     }
 }
 
 /// What the options say about scheduling.
-pub fn scheduler_options(options: &RuntimeOptions) -> SchedulerOptions {
-    SchedulerOptions {
+///
+/// # Errors
+/// If the trace cannot be written.
+pub fn scheduler_options(options: &RuntimeOptions) -> Result<SchedulerOptions> {
+    let observer = match &options.trace {
+        Some(path) => Some(Arc::new(Trace::create(path)?) as Arc<dyn StepObserver>),
+        None => None,
+    };
+    Ok(SchedulerOptions {
         cache: options.cache_type.into(),
         overlap: !options.disable_overlap,
+        observer,
         ..SchedulerOptions::default()
-    }
+    })
 }
 
 /// Tokenizer and chat template, from the GGUF file itself or from the files beside the weights.

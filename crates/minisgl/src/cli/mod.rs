@@ -6,7 +6,10 @@ pub mod generate;
 pub mod inspect;
 pub mod models;
 mod sampling;
+pub mod serve;
+pub mod shell;
 
+use std::ffi::{OsStr, OsString};
 use std::io::Write;
 use std::time::Duration;
 
@@ -29,6 +32,10 @@ pub struct Cli {
 
 #[derive(Subcommand, Debug)]
 enum Command {
+    /// Serve a model over HTTP, as OpenAI's API; what runs where no command is named
+    Serve(Box<serve::ServeArgs>),
+    /// Chat with a model on this terminal
+    Shell(Box<shell::ShellArgs>),
     /// Answer a prompt, or a file of them
     Generate(Box<generate::GenerateArgs>),
     /// Measure how fast a model runs
@@ -40,12 +47,28 @@ enum Command {
 }
 
 impl Cli {
+    /// Reads the program's arguments. Flags without a command are those of `serve`, as the
+    /// reference is started.
+    pub fn from_args() -> Self {
+        let mut args: Vec<OsString> = std::env::args_os().collect();
+        let own = ["--help", "--version"].map(OsStr::new);
+        let is_flag = |arg: &OsString| {
+            arg.to_str().is_some_and(|arg| arg.starts_with("--")) && !own.contains(&arg.as_os_str())
+        };
+        if args.get(1).is_some_and(is_flag) {
+            args.insert(1, "serve".into());
+        }
+        Self::parse_from(args)
+    }
+
     /// Does what the command line asks for.
     ///
     /// # Errors
     /// Whatever ended the command.
     pub fn run(self) -> Result<()> {
         match self.command {
+            Command::Serve(args) => args.run(),
+            Command::Shell(args) => args.run(),
             Command::Generate(args) => args.run(),
             Command::Bench(args) => args.run(),
             Command::Models(args) => args.run(),

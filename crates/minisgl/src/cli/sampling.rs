@@ -4,12 +4,15 @@ use clap::Args;
 use minisgl::llm::GenerateParams;
 use minisgl_scheduler::sampling::SamplingParams;
 
+/// Tokens of an answer, where nothing is said.
+const MAX_TOKENS: u32 = 512;
+
 /// How tokens are chosen, and how many.
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Sampling")]
 pub struct SamplingArgs {
     /// Generate at most this many tokens
-    #[arg(long, default_value_t = 512, value_name = "TOKENS")]
+    #[arg(long, default_value_t = MAX_TOKENS, value_name = "TOKENS")]
     max_tokens: u32,
 
     /// 0 always takes the most likely token
@@ -43,6 +46,23 @@ pub struct SamplingArgs {
     /// Go on past the end of the answer
     #[arg(long)]
     ignore_eos: bool,
+}
+
+impl Default for SamplingArgs {
+    /// What clap makes of no flags.
+    fn default() -> Self {
+        Self {
+            max_tokens: MAX_TOKENS,
+            temperature: None,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+            seed: None,
+            stop: Vec::new(),
+            ignore_eos: false,
+        }
+    }
 }
 
 impl SamplingArgs {

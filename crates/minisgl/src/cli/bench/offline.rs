@@ -68,7 +68,7 @@ impl OfflineArgs {
             ignore_eos: true,
             ..SamplingParams::default()
         };
-        let mut options = scheduler_options(&self.runtime);
+        let mut options = scheduler_options(&self.runtime)?;
         options.waiting_max = options.waiting_max.max(self.num_seqs);
         let progress = progress_bar(workload.output_tokens() as u64);
         let result = run_offline(loaded.engine, options, &workload, &sampling, |tokens| {

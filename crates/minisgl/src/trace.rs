@@ -1,0 +1,149 @@
+//! A timeline of the engine's steps, in the form that Perfetto and Chrome's `about:tracing` read.
+
+use std::fs::File;
+use std::io::{BufWriter, Write};
+use std::path::Path;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use minisgl_scheduler::stats::{StepObserver, StepTimes};
+
+/// Takes the times of steps, and has a thread of its own write them.
+pub struct Trace {
+    steps: Sender<StepTimes>,
+}
+
+impl Trace {
+    /// Begins a file. It can be read at any time, also when the program ended without a word: the
+    /// format does without its last bracket.
+    ///
+    /// # Errors
+    /// If the file cannot be written.
+    pub fn create(path: &Path) -> Result<Self> {
+        let name = || format!("--trace {}", path.display());
+        let mut writer = Writer {
+            file: BufWriter::new(File::create(path).with_context(name)?),
+            began: Instant::now(),
+            engine_free: Duration::ZERO,
+        };
+        writer.begin().with_context(name)?;
+        let (steps, received) = channel();
+        let run = move || {
+            if let Err(error) = writer.run(&received) {
+                tracing::error!("the trace ends here: {error}");
+            }
+        };
+        thread::Builder::new().name("trace".into()).spawn(run).context("starting a thread")?;
+        Ok(Self { steps })
+    }
+}
+
+impl StepObserver for Trace {
+    fn step(&self, times: &StepTimes) {
+        // A trace that cannot be written has said so.
+        let _ = self.steps.send(*times);
+    }
+}
+
+struct Writer {
+    file: BufWriter<File>,
+    began: Instant,
+    /// When the engine's last step was done.
+    engine_free: Duration,
+}
+
+/// Rows of the timeline.
+const SCHEDULER: u32 = 1;
+const ENGINE: u32 = 2;
+
+impl Writer {
+    fn begin(&mut self) -> std::io::Result<()> {
+        self.file.write_all(b"[")?;
+        for (row, name) in [(SCHEDULER, "scheduler"), (ENGINE, "engine")] {
+            writeln!(
+                self.file,
+                r#"{{"ph":"M","pid":1,"tid":{row},"name":"thread_name","args":{{"name":"{name}"}}}},"#
+            )?;
+        }
+        self.file.flush()
+    }
+
+    fn run(mut self, steps: &Receiver<StepTimes>) -> std::io::Result<()> {
+        while let Ok(step) = steps.recv() {
+            self.step(&step)?;
+            for step in steps.try_iter() {
+                self.step(&step)?;
+            }
+            self.file.flush()?;
+        }
+        Ok(())
+    }
+
+    fn step(&mut self, times: &StepTimes) -> std::io::Result<()> {
+        let planned = times.planned_at.saturating_duration_since(self.began);
+        let waited = times.waited_at.saturating_duration_since(self.began);
+        let (launched, finished) = (planned + times.plan, waited + times.wait);
+        self.span(SCHEDULER, "plan", planned, times.plan, times)?;
+        self.span(SCHEDULER, "launch", launched, times.launch, times)?;
+        self.span(SCHEDULER, "wait", waited, times.wait, times)?;
+        self.span(SCHEDULER, "commit", finished, times.commit, times)?;
+        // As the host sees it: a step begins when it was launched and the one before is done.
+        let began = (launched + times.launch).max(self.engine_free).min(finished);
+        self.engine_free = finished;
+        let name = if times.tokens == times.rows { "decode" } else { "prefill" };
+        self.span(ENGINE, name, began, finished - began, times)
+    }
+
+    fn span(
+        &mut self,
+        row: u32,
+        name: &str,
+        begin: Duration,
+        length: Duration,
+        StepTimes { step, rows, tokens, .. }: &StepTimes,
+    ) -> std::io::Result<()> {
+        let (begin, length) = (begin.as_secs_f64() * 1e6, length.as_secs_f64() * 1e6);
+        writeln!(
+            self.file,
+            r#"{{"ph":"X","pid":1,"tid":{row},"name":"{name}","ts":{begin:.1},"dur":{length:.1},"args":{{"step":{step},"rows":{rows},"tokens":{tokens}}}}},"#
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_timeline_lacks_only_its_last_bracket() {
+        let path = std::env::temp_dir().join(format!("minisgl-trace-{}", std::process::id()));
+        let trace = Trace::create(&path).unwrap();
+        let now = Instant::now();
+        let ms = Duration::from_millis;
+        trace.step(&StepTimes {
+            step: 7,
+            rows: 2,
+            tokens: 40,
+            planned_at: now,
+            plan: ms(1),
+            launch: ms(2),
+            waited_at: now + ms(3),
+            wait: ms(4),
+            commit: ms(5),
+        });
+        let read = || std::fs::read_to_string(&path).unwrap();
+        let waited = Instant::now();
+        while read().lines().count() < 7 && waited.elapsed() < Duration::from_secs(10) {
+            thread::sleep(ms(5));
+        }
+        let text = read();
+        std::fs::remove_file(&path).unwrap();
+        let json = format!("{}]", text.trim_end().trim_end_matches(','));
+        let events: Vec<serde_json::Value> = serde_json::from_str(&json).unwrap();
+        let names: Vec<&str> = events[2..].iter().map(|e| e["name"].as_str().unwrap()).collect();
+        assert_eq!(names, ["plan", "launch", "wait", "commit", "prefill"]);
+        assert_eq!(events[6]["dur"], 4000.0);
+    }
+}
