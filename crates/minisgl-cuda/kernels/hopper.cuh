@@ -75,42 +75,6 @@ template <int N> __device__ __forceinline__ void pin(u32 (&d)[N]) {
 // 16w + g + 8h, column 8j + 2t + e.
 template <int N> struct Product;
 
-template <> struct Product<8> {
-    // Both factors from shared memory; `accumulate` 0 starts a new sum.
-    template <int TRANSPOSED_B>
-    static __device__ __forceinline__ void shared(float (&d)[4], u64 a, u64 b, int accumulate) {
-        asm volatile(
-            "{\n.reg .pred p;\nsetp.ne.b32 p, %6, 0;\n"
-            "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {"
-        "%0, %1, %2, %3"
-            "}, %4, %5, p, 1, 1, 0, %7;\n}"
-            : SUMS_4(d, 0) : "l"(a), "l"(b), "r"(accumulate), "n"(TRANSPOSED_B));
-    }
-};
-template <> struct Product<16> {
-    // Both factors from shared memory; `accumulate` 0 starts a new sum.
-    template <int TRANSPOSED_B>
-    static __device__ __forceinline__ void shared(float (&d)[8], u64 a, u64 b, int accumulate) {
-        asm volatile(
-            "{\n.reg .pred p;\nsetp.ne.b32 p, %10, 0;\n"
-            "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7"
-            "}, %8, %9, p, 1, 1, 0, %11;\n}"
-            : SUMS_8(d, 0) : "l"(a), "l"(b), "r"(accumulate), "n"(TRANSPOSED_B));
-    }
-};
-template <> struct Product<32> {
-    // Both factors from shared memory; `accumulate` 0 starts a new sum.
-    template <int TRANSPOSED_B>
-    static __device__ __forceinline__ void shared(float (&d)[16], u64 a, u64 b, int accumulate) {
-        asm volatile(
-            "{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\n"
-            "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
-            "}, %16, %17, p, 1, 1, 0, %19;\n}"
-            : SUMS_16(d, 0) : "l"(a), "l"(b), "r"(accumulate), "n"(TRANSPOSED_B));
-    }
-};
 template <> struct Product<64> {
     // Both factors from shared memory; `accumulate` 0 starts a new sum.
     template <int TRANSPOSED_B>
@@ -159,24 +123,5 @@ template <> struct Product<128> {
         "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
             "}, {%64, %65, %66, %67}, %68, 1, 1, 1, %69;"
             : SUMS_64(d, 0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(TRANSPOSED_B));
-    }
-};
-template <> struct Product<256> {
-    // Both factors from shared memory; `accumulate` 0 starts a new sum.
-    template <int TRANSPOSED_B>
-    static __device__ __forceinline__ void shared(float (&d)[128], u64 a, u64 b, int accumulate) {
-        asm volatile(
-            "{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n"
-            "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
-        "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
-        "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
-        "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
-        "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
-            "}, %128, %129, p, 1, 1, 0, %131;\n}"
-            : SUMS_128(d, 0) : "l"(a), "l"(b), "r"(accumulate), "n"(TRANSPOSED_B));
     }
 };

@@ -49,9 +49,6 @@ impl CudaBackend {
         if !exact {
             modules.extend(crate::linear::gemv_variants(device.capability.0 >= 9));
         }
-        if !exact && device.capability == (9, 0) {
-            modules.extend(crate::narrow::narrow_variants());
-        }
         kernels.prepare(&modules)?;
         Ok(Self {
             gemm: Gemm::new(&device)?,

@@ -20,7 +20,6 @@ pub enum Module {
     Elementwise,
     Gemv,
     Stream,
-    Narrow,
     Attention,
     Prefill,
     Sample,
@@ -34,9 +33,6 @@ impl Module {
             Module::Gemv => include_str!("../kernels/gemv.cu"),
             Module::Stream => {
                 concat!(include_str!("../kernels/hopper.cuh"), include_str!("../kernels/stream.cu"))
-            }
-            Module::Narrow => {
-                concat!(include_str!("../kernels/hopper.cuh"), include_str!("../kernels/narrow.cu"))
             }
             Module::Attention => include_str!("../kernels/attention.cu"),
             Module::Prefill => {

@@ -6,7 +6,7 @@
 //!
 //! Reading order: `device` (context, stream, memory, launches), `staging` (copies), `kernels`
 //! (compiling and caching), `gemm` and `tuning` (cuBLASLt), `weights`, and `backend` with its operations in
-//! `linear` (and `narrow`), `attention`, `moe` and `sampling`.
+//! `linear`, `attention`, `moe` and `sampling`.
 
 mod attention;
 mod backend;
@@ -15,7 +15,6 @@ mod gemm;
 mod kernels;
 mod linear;
 mod moe;
-mod narrow;
 mod sampling;
 mod staging;
 mod tiles;
