@@ -5,7 +5,7 @@
 //! 1. `checkpoint`: an open file or folder: configuration, tensors by name, end-of-sequence ids.
 //!    `gguf` and `safetensors` parse hostile files without trusting a number in them.
 //! 2. `config`: `ModelConfig` from `config.json` or GGUF metadata; `rope`: rotary tables.
-//! 3. `weights`: reads this rank's slices; `layers` and `models` are built from it.
+//! 3. `shares`: which part a rank holds. `weights`: reads those slices; `layers` and `models` are built from it.
 //! 4. `kv`: the paged pool. `workspace`: activations, sized once for the largest step.
 //! 5. `inputs`: a plan as one packed upload. `rank`: upload, forward, sample, download.
 //! 6. `graphs`: the same forward, recorded for decode batches of fixed sizes.
@@ -26,6 +26,7 @@ mod options;
 mod rank;
 mod rope;
 mod sampler;
+mod shares;
 mod weights;
 mod workspace;
 

@@ -12,10 +12,10 @@ use minisgl_tensor::{Backend, Collective};
 
 use crate::checkpoint::Checkpoint;
 use crate::kv::KvBudget;
-use crate::models::check_tp;
 use crate::options::EngineOptions;
 use crate::rank::{LoadedRank, Rank, RankDevices};
 use crate::sampler::Collected;
+use crate::shares::{Blocks, Shares};
 
 /// An engine of one or more ranks. All ranks compute the same tokens; rank 0's are reported.
 pub struct LocalEngine {
@@ -88,7 +88,7 @@ impl LocalEngine {
         ranks: Vec<(Arc<dyn Backend>, Arc<dyn Collective>)>,
     ) -> Result<Self> {
         let config = checkpoint.config();
-        check_tp(config, ranks.len())?;
+        let blocks = Blocks::of(&checkpoint);
         ensure!(
             (1..=256).contains(&options.page_size),
             "--page-size {} is not in 1..=256",
@@ -107,15 +107,21 @@ impl LocalEngine {
             vocab_size: config.vocab_size,
         };
         let failure = Failure::default();
+        let all = ranks.len();
+        let shares: Vec<Shares> = (0..all.max(1))
+            .map(|rank| Shares::new(config, blocks, rank, all))
+            .collect::<Result<_>>()?;
         let starting: Vec<StartingRank> = ranks
             .into_iter()
+            .zip(shares)
             .enumerate()
-            .map(|(index, (backend, collective))| {
+            .map(|(index, ((backend, collective), shares))| {
                 ensure!(collective.rank() == index, "ranks are not in order");
                 let start = RankStart {
                     checkpoint: Arc::clone(&checkpoint),
                     options: options.clone(),
                     devices: RankDevices { backend, collective },
+                    shares,
                     seq_len_max,
                     failure: failure.clone(),
                 };
@@ -208,6 +214,7 @@ struct RankStart {
     checkpoint: Arc<Checkpoint>,
     options: EngineOptions,
     devices: RankDevices,
+    shares: Shares,
     seq_len_max: usize,
     failure: Failure,
 }
@@ -247,9 +254,9 @@ impl RankStart {
     }
 
     fn run(self, reports: Reports) {
-        let Self { checkpoint, options, devices, seq_len_max, failure } = self;
+        let Self { checkpoint, options, devices, shares, seq_len_max, failure } = self;
         let index = devices.collective.rank();
-        let loaded = LoadedRank::load(&checkpoint, &options, devices, seq_len_max);
+        let loaded = LoadedRank::load(&checkpoint, &options, devices, shares, seq_len_max);
         drop(checkpoint);
         let budget = loaded.as_ref().map_err(|error| anyhow!("{error:#}"));
         let budget = budget.and_then(LoadedRank::kv_budget);

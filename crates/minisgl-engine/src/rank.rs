@@ -15,7 +15,8 @@ use crate::layers::{Attention, ForwardCtx};
 use crate::models::{self, Model};
 use crate::options::EngineOptions;
 use crate::sampler::{self, Collected, Score};
-use crate::weights::{DummyBlock, Tp, WeightScope};
+use crate::shares::Shares;
+use crate::weights::{DummyBlock, WeightScope};
 use crate::workspace::{StepSizes, Workspace};
 
 /// A rank's device and its way to the others.
@@ -33,7 +34,7 @@ pub struct LoadedRank {
     workspace: Workspace,
     inputs: Inputs,
     sizes: StepSizes,
-    tp: Tp,
+    shares: Shares,
     page_size: usize,
     graph_batch_max: usize,
     /// `[2, rows] I32`: tokens to score and their targets.
@@ -52,17 +53,18 @@ impl LoadedRank {
         checkpoint: &Checkpoint,
         options: &EngineOptions,
         devices: RankDevices,
+        shares: Shares,
         seq_len_max: usize,
     ) -> Result<Self> {
         let backend = devices.backend.as_ref();
-        let tp = Tp { rank: devices.collective.rank(), size: devices.collective.size() };
         ensure!(
             options.dummy_weights || !checkpoint.is_empty(),
             "{} holds no weights",
             checkpoint.path().display()
         );
         let dummy = options.dummy_weights.then(DummyBlock::new);
-        let scope = WeightScope::new(checkpoint, dummy.as_ref(), backend, options.precision, tp);
+        let scope =
+            WeightScope::new(checkpoint, dummy.as_ref(), backend, options.precision, &shares);
         let config = checkpoint.config().clone();
         let model = models::load(&scope, &config, seq_len_max)
             .with_context(|| format!("loading {}", checkpoint.path().display()))?;
@@ -71,7 +73,7 @@ impl LoadedRank {
             rows: options.running_requests_max,
         };
         Ok(Self {
-            workspace: Workspace::new(backend, &config, tp, sizes)?,
+            workspace: Workspace::new(backend, &config, &shares, sizes)?,
             inputs: Inputs::new(backend, sizes, options.page_size, seq_len_max)?,
             score_inputs: backend.alloc(DType::I32, &[2, sizes.rows])?,
             graph_batch_max: options.graph_batch_max.min(sizes.rows),
@@ -80,19 +82,19 @@ impl LoadedRank {
             config,
             model,
             sizes,
-            tp,
+            shares,
         })
     }
 
     pub fn kv_budget(&self) -> Result<KvBudget> {
-        let heads = Attention::heads(&self.config, self.tp);
+        let heads = Attention::heads(&self.config, &self.shares);
         let backend = self.devices.backend.as_ref();
         KvBudget::measure(backend, self.config.num_layers, heads, self.page_size)
     }
 
     /// Allocates the pool and captures the graphs, largest first, in the same order on all ranks.
     pub fn finish(self, pages: usize) -> Result<Rank> {
-        let heads = Attention::heads(&self.config, self.tp);
+        let heads = Attention::heads(&self.config, &self.shares);
         let backend = self.devices.backend.as_ref();
         let kv = KvPool::new(backend, self.config.num_layers, heads, pages, self.page_size)?;
         let mut rank = Rank { loaded: self, kv, graphs: Graphs::default() };

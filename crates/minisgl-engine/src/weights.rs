@@ -4,41 +4,18 @@ use std::borrow::Cow;
 use std::ops::Range;
 
 use anyhow::{Context, Result, bail, ensure};
-use minisgl_tensor::{Backend, BlockScale, DType, HostTensor, Norm, Precision, Weight};
+use minisgl_tensor::{Backend, DType, HostTensor, Norm, Precision, Weight};
 
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::gguf::tensor_bytes;
-
-/// A rank's place in its tensor-parallel group.
-#[derive(Clone, Copy, Debug)]
-pub struct Tp {
-    pub rank: usize,
-    pub size: usize,
-}
-
-impl Tp {
-    /// This rank's share of `count` things. `models::check_tp` has seen to it that they divide.
-    pub fn share(self, count: usize) -> Range<usize> {
-        let each = count / self.size;
-        self.rank * each..(self.rank + 1) * each
-    }
-
-    /// This rank's share of `count` heads; with fewer heads than ranks, the one it shares.
-    pub fn share_or_replicate(self, count: usize) -> Range<usize> {
-        if count >= self.size {
-            return self.share(count);
-        }
-        let head = self.rank * count / self.size;
-        head..head + 1
-    }
-}
+use crate::shares::Shares;
 
 /// Where weights come from, and the part of the model whose weights are meant.
 #[derive(Clone)]
 pub struct WeightScope<'a> {
     pub backend: &'a dyn Backend,
     pub precision: Precision,
-    pub tp: Tp,
+    pub shares: &'a Shares,
     source: Source<'a>,
     path: String,
 }
@@ -56,13 +33,13 @@ impl<'a> WeightScope<'a> {
         dummy: Option<&'a DummyBlock>,
         backend: &'a dyn Backend,
         precision: Precision,
-        tp: Tp,
+        shares: &'a Shares,
     ) -> Self {
         let source = match dummy {
             Some(block) => Source::Dummy(block),
             None => Source::Checkpoint(checkpoint),
         };
-        Self { backend, precision, tp, source, path: String::new() }
+        Self { backend, precision, shares, source, path: String::new() }
     }
 
     /// A part of this part.
@@ -173,7 +150,7 @@ fn slice_cols<'a>(tensor: HostTensor<'a>, cols: Range<usize>) -> Result<HostTens
         tensor_bytes(dtype, &tensor.shape[1..]),
     ) else {
         bail!(
-            "{}: columns {cols:?} of a rank cut through {dtype} blocks of {}; use a smaller --tp",
+            "{}: columns {cols:?} of a rank cut through {dtype} blocks of {}",
             tensor.name,
             dtype.block_len()
         );
@@ -182,26 +159,9 @@ fn slice_cols<'a>(tensor: HostTensor<'a>, cols: Range<usize>) -> Result<HostTens
     for row in tensor.data.chunks_exact(row_bytes.max(1)) {
         data.extend_from_slice(&row[skip..skip + take]);
     }
-    let scale = tensor.scale.map(|scale| slice_scale(scale, tensor.shape[1], &cols)).transpose()?;
+    let scale = tensor.scale.map(|scale| scale.cols(tensor.shape[1], cols.clone()));
     let shape = vec![tensor.shape[0], cols.len()];
     Ok(HostTensor { name: tensor.name, dtype, shape, data: Cow::Owned(data), scale })
-}
-
-fn slice_scale(scale: BlockScale, width: usize, cols: &Range<usize>) -> Result<BlockScale> {
-    let [rows, block] = scale.block;
-    if block >= width {
-        return Ok(BlockScale { block: [rows, cols.len()], ..scale });
-    }
-    ensure!(
-        cols.start.is_multiple_of(block),
-        "column {} lies inside a block of {block} that shares a scale; use a smaller --tp",
-        cols.start
-    );
-    let part = cols.start / block..cols.end.div_ceil(block);
-    let across = width.div_ceil(block);
-    let values =
-        scale.values.chunks_exact(across).flat_map(|row| row[part.clone()].to_vec()).collect();
-    Ok(BlockScale { block: scale.block, values })
 }
 
 fn constant<'a>(name: String, value: f32, len: usize) -> HostTensor<'a> {

@@ -6,7 +6,7 @@ use minisgl_tensor::{Backend, DType, Tensor};
 
 use crate::config::ModelConfig;
 use crate::layers::Attention;
-use crate::weights::Tp;
+use crate::shares::Shares;
 
 /// Alternatives that log-probabilities can be asked for.
 pub const TOP_LOGPROBS_MAX: usize = 128;
@@ -60,12 +60,11 @@ impl Workspace {
     pub fn new(
         backend: &dyn Backend,
         config: &ModelConfig,
-        tp: Tp,
+        shares: &Shares,
         sizes: StepSizes,
     ) -> Result<Self> {
         let StepSizes { tokens, rows } = sizes;
-        let heads = Attention::heads(config, tp);
-        let vocab_part = config.vocab_size.div_ceil(tp.size);
+        let heads = Attention::heads(config, shares);
         let float =
             |rows: usize, cols: usize| backend.alloc(backend.activation_dtype(), &[rows, cols]);
         Ok(Self {
@@ -73,12 +72,12 @@ impl Workspace {
             delta: float(tokens, config.hidden_size)?,
             qkv: float(tokens, heads.qkv_width())?,
             attention: float(tokens, heads.q * heads.dim)?,
-            inner: float(tokens, config.intermediate_size.div_ceil(tp.size))?,
+            inner: float(tokens, shares.inner.len())?,
             gathered: float(rows, config.hidden_size)?,
-            logits_part: backend.alloc(DType::F32, &[rows, vocab_part])?,
-            logits: match tp.size {
+            logits_part: backend.alloc(DType::F32, &[rows, shares.token_rows])?,
+            logits: match shares.ranks {
                 1 => None,
-                size => Some(backend.alloc(DType::F32, &[rows, vocab_part * size])?),
+                size => Some(backend.alloc(DType::F32, &[rows, shares.token_rows * size])?),
             },
             token_table: backend.alloc(DType::I32, &[rows])?,
             tokens: backend.alloc(DType::I32, &[rows])?,

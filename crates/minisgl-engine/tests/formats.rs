@@ -284,13 +284,14 @@ fn quantized_rows_and_columns_split_over_ranks() {
     }
     replace(&tiny, &tensors);
     assert_eq!(quantized, generate(tiny.folder(), &tiny.prompt, 1));
-    // Columns of two ranks: 32 of 64, a block each for attention's output; 48 of 96 are not
-    // whole blocks, which is refused by name.
-    let ranks = reference::group(2).into_iter().map(|(b, c)| (b as Arc<dyn Backend>, c)).collect();
+    // An inner size of 96 is three blocks: one for the first rank and two for the second, which
+    // leaves nothing for a fourth.
+    assert_eq!(quantized, generate(&path, &tiny.prompt, 2));
+    let ranks = reference::group(4).into_iter().map(|(b, c)| (b as Arc<dyn Backend>, c)).collect();
     let checkpoint = Arc::new(Checkpoint::open(&path).unwrap());
     let error = LocalEngine::new(checkpoint, &EngineOptions::default(), ranks).err().unwrap();
     let error = format!("{error:#}");
-    assert!(error.contains("blk.0.ffn_down.weight") && error.contains("blocks of 32"), "{error}");
+    assert!(error.contains("--tp 4") && error.contains("blocks of 32"), "{error}");
 }
 
 #[test]

@@ -189,7 +189,7 @@ fn ranks_compute_what_one_computes() {
         let tiny = Tiny::load(name);
         let mut alone = Driver { engine: engine(&tiny, 16, 1), step: 0 };
         let expected = teacher_forced(&tiny, &mut alone, 64);
-        for ranks in [2, 4] {
+        for ranks in [2, 3, 4] {
             let mut driver = Driver { engine: engine(&tiny, 16, ranks), step: 0 };
             let distance = distance(&teacher_forced(&tiny, &mut driver, 64), &expected);
             assert!(distance < 1e-5, "{name} over {ranks} ranks: {distance}");

@@ -3,6 +3,7 @@
 use std::any::Any;
 use std::borrow::Cow;
 use std::fmt;
+use std::ops::Range;
 use std::sync::Arc;
 
 use crate::DType;
@@ -30,6 +31,35 @@ pub struct BlockScale {
     pub block: [usize; 2],
     /// The scales.
     pub values: Vec<f32>,
+}
+
+impl BlockScale {
+    /// The scales of rows `rows` of a matrix with `cols` columns. Where they begin inside a tile,
+    /// tiles become as much smaller as it takes.
+    pub fn rows(&self, cols: usize, rows: Range<usize>) -> Self {
+        let [height, width] = self.block;
+        let across = cols.div_ceil(width);
+        let fine = common_divisor(height, rows.start);
+        let tiles = rows.start / fine..rows.end.div_ceil(fine);
+        let row = |tile: usize| &self.values[tile * fine / height * across..][..across];
+        Self { block: [fine, width], values: tiles.flat_map(|tile| row(tile).to_vec()).collect() }
+    }
+
+    /// The scales of columns `part` of a matrix with `cols` columns; as `rows`.
+    pub fn cols(&self, cols: usize, part: Range<usize>) -> Self {
+        let [height, width] = self.block;
+        let fine = common_divisor(width, part.start);
+        let tiles = part.start / fine..part.end.div_ceil(fine);
+        let pick = |row: &[f32]| -> Vec<f32> {
+            tiles.clone().map(|tile| row[tile * fine / width]).collect()
+        };
+        let values = self.values.chunks_exact(cols.div_ceil(width)).flat_map(pick);
+        Self { block: [height, fine], values: values.collect() }
+    }
+}
+
+fn common_divisor(a: usize, b: usize) -> usize {
+    if b == 0 { a } else { common_divisor(b, a % b) }
 }
 
 /// How a weight is to be kept.

@@ -285,18 +285,8 @@ impl Checkpoint {
             }
             other => bail!("{scale_name}: shape {other:?} fits no known way of scaling"),
         };
-        if block_rows >= count {
-            return Ok(BlockScale { block: [rows.len(), block_cols], values });
-        }
-        ensure!(
-            rows.start.is_multiple_of(block_rows),
-            "{name}: row {} lies inside a block of {block_rows} that shares a scale",
-            rows.start
-        );
-        let across = cols.div_ceil(block_cols);
-        let values =
-            &values[rows.start / block_rows * across..rows.end.div_ceil(block_rows) * across];
-        Ok(BlockScale { block: [block_rows, block_cols], values: values.to_vec() })
+        let scale = BlockScale { block: [block_rows, block_cols], values };
+        Ok(scale.rows(cols, rows))
     }
 
     /// A small float tensor, as f32.

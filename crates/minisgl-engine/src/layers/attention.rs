@@ -1,11 +1,14 @@
 //! Self-attention over pages: each rank has its share of the heads.
 
+use std::ops::Range;
+
 use anyhow::Result;
 use minisgl_tensor::{Attention as AttentionArgs, BackendError, Heads, Norm, RopeStore, Tensor};
 
 use super::{ColumnPart, ForwardCtx, Linear};
 use crate::config::ModelConfig;
-use crate::weights::{Tp, WeightScope};
+use crate::shares::Shares;
+use crate::weights::WeightScope;
 
 /// What differs between attentions.
 pub struct AttentionSpec {
@@ -33,26 +36,23 @@ pub struct Attention {
 
 impl Attention {
     /// This rank's heads.
-    pub fn heads(config: &ModelConfig, tp: Tp) -> Heads {
-        Heads {
-            q: tp.share(config.q_heads).len(),
-            kv: tp.share_or_replicate(config.kv_heads).len(),
-            dim: config.head_dim,
-        }
+    pub fn heads(config: &ModelConfig, shares: &Shares) -> Heads {
+        Heads { q: shares.q_heads.len(), kv: shares.kv_heads.len(), dim: config.head_dim }
     }
 
     pub fn new(scope: &WeightScope<'_>, config: &ModelConfig, spec: AttentionSpec) -> Result<Self> {
         let dim = config.head_dim;
-        let part = |name: &str, heads: usize, mine: std::ops::Range<usize>| ColumnPart {
+        let features = |heads: &Range<usize>| heads.start * dim..heads.end * dim;
+        let part = |name: &str, heads: usize, mine: &Range<usize>| ColumnPart {
             scope: scope.at(name),
             out_features: heads * dim,
-            rows: mine.start * dim..mine.end * dim,
+            rows: features(mine),
         };
-        let kv_share = scope.tp.share_or_replicate(config.kv_heads);
+        let Shares { q_heads, kv_heads, .. } = scope.shares;
         let parts = [
-            part("q_proj", config.q_heads, scope.tp.share(config.q_heads)),
-            part("k_proj", config.kv_heads, kv_share.clone()),
-            part("v_proj", config.kv_heads, kv_share),
+            part("q_proj", config.q_heads, q_heads),
+            part("k_proj", config.kv_heads, kv_heads),
+            part("v_proj", config.kv_heads, kv_heads),
         ];
         let norm = |name: &str| {
             spec.qk_norm
@@ -64,8 +64,9 @@ impl Attention {
             out: Linear::row_parallel(
                 &scope.at("o_proj"),
                 [config.hidden_size, config.q_heads * dim],
+                features(q_heads),
             )?,
-            heads: Self::heads(config, scope.tp),
+            heads: Self::heads(config, scope.shares),
             q_norm: norm("q_norm")?,
             k_norm: norm("k_norm")?,
             rope: spec.rope,

@@ -1,5 +1,7 @@
 //! Matrices, split over ranks by columns or rows of the output.
 
+use std::ops::Range;
+
 use anyhow::Result;
 use minisgl_tensor::{
     Activation, BackendError, HostTensor, Linear as LinearArgs, Norm, Store, Tensor, Weight,
@@ -14,7 +16,7 @@ pub struct ColumnPart<'a> {
     /// Out features on all ranks together.
     pub out_features: usize,
     /// The out features that this rank computes.
-    pub rows: std::ops::Range<usize>,
+    pub rows: Range<usize>,
 }
 
 /// `x · wᵀ (+ bias)`.
@@ -49,13 +51,14 @@ impl Linear {
         Ok(Self { weight: parts[0].scope.stack(&weights)?, bias, partial: false })
     }
 
-    /// Each rank multiplies its own in features; the ranks' results are summed.
+    /// Each rank multiplies its own in features (`cols` of `[out, in]`); the ranks' results are summed.
     pub fn row_parallel(
         scope: &WeightScope<'_>,
-        [out_features, in_features]: [usize; 2],
+        shape: [usize; 2],
+        cols: Range<usize>,
     ) -> Result<Self> {
-        let part = scope.cols([out_features, in_features], scope.tp.share(in_features))?;
-        Ok(Self { weight: scope.stack(&[part])?, bias: None, partial: scope.tp.size > 1 })
+        let part = scope.cols(shape, cols)?;
+        Ok(Self { weight: scope.stack(&[part])?, bias: None, partial: scope.shares.ranks > 1 })
     }
 
     /// `out = norm(x) · wᵀ + bias`, summed over the ranks where each has a part.

@@ -19,7 +19,7 @@ pub struct Mlp {
 impl Mlp {
     pub fn new(scope: &WeightScope<'_>, config: &ModelConfig) -> Result<Self> {
         let (hidden, inner) = (config.hidden_size, config.intermediate_size);
-        let rows = scope.tp.share(inner);
+        let rows = scope.shares.inner.clone();
         let part = |name: &str| ColumnPart {
             scope: scope.at(name),
             out_features: inner,
@@ -28,7 +28,7 @@ impl Mlp {
         let parts = [part("gate_proj"), part("up_proj")];
         Ok(Self {
             gate_up: Linear::column_parallel(&parts, hidden, false)?,
-            down: Linear::row_parallel(&scope.at("down_proj"), [hidden, inner])?,
+            down: Linear::row_parallel(&scope.at("down_proj"), [hidden, inner], rows.clone())?,
             activation: config.activation,
             inner: rows.len(),
         })
@@ -64,7 +64,7 @@ pub struct Experts {
 impl Experts {
     pub fn new(scope: &WeightScope<'_>, config: &ModelConfig, moe: &MoeConfig) -> Result<Self> {
         let (hidden, inner) = (config.hidden_size, moe.moe_intermediate_size);
-        let share = scope.tp.share(inner);
+        let share = scope.shares.expert_inner.clone();
         let mut gate_up: Vec<Vec<HostTensor<'_>>> = Vec::new();
         let mut down: Vec<Vec<HostTensor<'_>>> = Vec::new();
         for expert in 0..moe.num_experts {
@@ -89,7 +89,7 @@ impl Experts {
             down: experts(&down)?,
             top_k: moe.num_experts_per_tok,
             renormalize: moe.norm_topk_prob,
-            partial: scope.tp.size > 1,
+            partial: scope.shares.ranks > 1,
         })
     }
 

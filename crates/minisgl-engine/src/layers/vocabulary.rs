@@ -9,6 +9,7 @@ use minisgl_tensor::{
 
 use super::ForwardCtx;
 use crate::config::ModelConfig;
+use crate::shares::Shares;
 use crate::weights::WeightScope;
 
 /// Token ids to vectors.
@@ -21,9 +22,12 @@ pub struct Embedding {
 
 impl Embedding {
     pub fn new(scope: &WeightScope<'_>, config: &ModelConfig, scale: f32) -> Result<Self> {
-        let share = Share::of(scope, config);
-        let table = share.matrix(scope, config)?;
-        Ok(Self { table, first_id: share.first, scale, partial: scope.tp.size > 1 })
+        Ok(Self {
+            table: token_rows(scope, config)?,
+            first_id: scope.shares.tokens.start,
+            scale,
+            partial: scope.shares.ranks > 1,
+        })
     }
 
     /// Writes the residual stream. Ids of other ranks' shares give zeros, which the sum fills.
@@ -56,22 +60,19 @@ impl Head {
         config: &ModelConfig,
         embedding: &Embedding,
     ) -> Result<Self> {
-        let head_scope = scope.at("lm_head");
-        let share = Share::of(&head_scope, config);
         let weight = match config.tie_embeddings {
             true => embedding.table.clone(),
-            false => share.matrix(&head_scope, config)?,
+            false => token_rows(&scope.at("lm_head"), config)?,
         };
-        let padding = match share.real.len() < share.padded {
+        let Shares { tokens, token_rows, ranks, .. } = scope.shares;
+        let padding = match tokens.len() < *token_rows {
             false => None,
-            true => Some(share.padding_bias(scope)?),
+            true => Some(padding_bias(scope)?),
         };
-        let padded = share.padded * scope.tp.size > config.vocab_size;
         ensure!(
-            !(padded && config.logit_soft_cap.is_some()),
-            "a soft-capped vocabulary of {} cannot be split over {} ranks unevenly",
+            token_rows * ranks == config.vocab_size || config.logit_soft_cap.is_none(),
+            "a soft-capped vocabulary of {} cannot be split over {ranks} ranks unevenly",
             config.vocab_size,
-            scope.tp.size
         );
         let norm = scope.at("model.norm").norm(
             config.hidden_size,
@@ -110,49 +111,36 @@ impl Head {
     }
 }
 
-/// A rank's share of the vocabulary: `padded` rows, of which those in `real` are tokens.
-struct Share {
-    first: usize,
-    real: std::ops::Range<usize>,
-    padded: usize,
+/// This rank's rows of a matrix `[vocabulary, hidden]`, padded with zeros.
+fn token_rows(scope: &WeightScope<'_>, config: &ModelConfig) -> Result<Weight> {
+    let width = config.hidden_size;
+    let Shares { tokens, token_rows, .. } = scope.shares;
+    let real = scope.rows([config.vocab_size, width], tokens.clone())?;
+    let missing = token_rows - tokens.len();
+    if missing == 0 {
+        return scope.stack(&[real]);
+    }
+    // Zero bytes are zeros in every type, quantized ones included.
+    let bytes = real.dtype.bytes_of(missing * width).context("whole rows are whole blocks")?;
+    let zeros = HostTensor {
+        name: format!("{} (padding)", real.name),
+        shape: vec![missing, width],
+        data: Cow::Owned(vec![0; bytes]),
+        ..real.clone()
+    };
+    scope.stack(&[real, zeros])
 }
 
-impl Share {
-    fn of(scope: &WeightScope<'_>, config: &ModelConfig) -> Self {
-        let vocab = config.vocab_size;
-        let padded = vocab.div_ceil(scope.tp.size);
-        let first = scope.tp.rank * padded;
-        Self { first, real: first.min(vocab)..(first + padded).min(vocab), padded }
-    }
-
-    fn matrix(&self, scope: &WeightScope<'_>, config: &ModelConfig) -> Result<Weight> {
-        let width = config.hidden_size;
-        let real = scope.rows([config.vocab_size, width], self.real.clone())?;
-        let missing = self.padded - self.real.len();
-        if missing == 0 {
-            return scope.stack(&[real]);
-        }
-        // Zero bytes are zeros in every type, quantized ones included.
-        let bytes = real.dtype.bytes_of(missing * width).context("whole rows are whole blocks")?;
-        let zeros = HostTensor {
-            name: format!("{} (padding)", real.name),
-            shape: vec![missing, width],
-            data: Cow::Owned(vec![0; bytes]),
-            ..real.clone()
-        };
-        scope.stack(&[real, zeros])
-    }
-
-    fn padding_bias(&self, scope: &WeightScope<'_>) -> Result<Weight> {
-        let mut bias = vec![0.0_f32; self.real.len()];
-        bias.resize(self.padded, f32::NEG_INFINITY);
-        let data = bias.iter().flat_map(|value| value.to_le_bytes()).collect();
-        Ok(scope.backend.vector(&[HostTensor {
-            name: "vocabulary padding".to_owned(),
-            dtype: DType::F32,
-            shape: vec![self.padded],
-            data: Cow::Owned(data),
-            scale: None,
-        }])?)
-    }
+fn padding_bias(scope: &WeightScope<'_>) -> Result<Weight> {
+    let Shares { tokens, token_rows, .. } = scope.shares;
+    let mut bias = vec![0.0_f32; tokens.len()];
+    bias.resize(*token_rows, f32::NEG_INFINITY);
+    let data = bias.iter().flat_map(|value| value.to_le_bytes()).collect();
+    Ok(scope.backend.vector(&[HostTensor {
+        name: "vocabulary padding".to_owned(),
+        dtype: DType::F32,
+        shape: vec![*token_rows],
+        data: Cow::Owned(data),
+        scale: None,
+    }])?)
 }

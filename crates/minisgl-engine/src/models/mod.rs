@@ -100,34 +100,6 @@ pub fn load(
     })
 }
 
-/// Refuses a number of ranks over which the model cannot be split, and says which would do.
-pub fn check_tp(config: &ModelConfig, ranks: usize) -> Result<()> {
-    let Some(reason) = tp_obstacle(config, ranks) else { return Ok(()) };
-    let fits: Vec<String> = (1..=config.q_heads)
-        .filter(|ranks| tp_obstacle(config, *ranks).is_none())
-        .map(|ranks| ranks.to_string())
-        .collect();
-    bail!("--tp {ranks} does not fit this model: {reason}. These would: {}", fits.join(", "))
-}
-
-fn tp_obstacle(config: &ModelConfig, ranks: usize) -> Option<String> {
-    let kv = config.kv_heads;
-    if ranks == 0 {
-        return Some("there is no rank".to_owned());
-    }
-    if !config.q_heads.is_multiple_of(ranks) {
-        return Some(format!("{} query heads do not divide by {ranks}", config.q_heads));
-    }
-    if !kv.is_multiple_of(ranks) && !ranks.is_multiple_of(kv) {
-        return Some(format!("{kv} key and value heads can neither be split nor be repeated"));
-    }
-    let experts = config.moe.as_ref().map(|moe| moe.moe_intermediate_size);
-    let dense = config.moe.as_ref().is_none_or(|moe| moe.sparse_layers.contains(&false));
-    let inner = dense.then_some(config.intermediate_size);
-    let odd = inner.into_iter().chain(experts).find(|size| !size.is_multiple_of(ranks));
-    odd.map(|size| format!("an intermediate size of {size} does not divide by {ranks}"))
-}
-
 /// Puts a rotation's table on the device: `[positions, head_dim]`.
 fn rope_table(backend: &dyn Backend, rope: &RopeConfig, positions: usize) -> Result<Tensor> {
     ensure!(positions > 0, "there is room for no position");
