@@ -9,6 +9,7 @@
 mod detokenizer;
 mod gguf_vocab;
 mod python;
+mod reasoning;
 mod stop;
 mod template;
 mod text_model;
@@ -16,6 +17,7 @@ mod tokenizer;
 
 pub use detokenizer::Detokenizer;
 pub use gguf_vocab::{GgufTokenType, GgufVocab};
+pub use reasoning::{Part, ReasoningSplitter};
 pub use stop::{StopMatcher, StopOutcome};
 pub use template::{ChatRequest, ChatTemplate};
 pub use text_model::{TextError, TextModel};
