@@ -185,7 +185,9 @@ impl PreTokenizer {
             "llama-bpe" | "llama3" | "llama-v3" => {
                 Self { ignore_merges: true, ..plain(sequence(split(LLAMA3_SPLIT), false)) }
             }
-            "qwen2" => Self { nfc: true, ..plain(sequence(split(QWEN2_SPLIT), false)) },
+            "qwen2" | "deepseek-r1-qwen" => {
+                Self { nfc: true, ..plain(sequence(split(QWEN2_SPLIT), false)) }
+            }
             "tekken" => Self { ignore_merges: true, ..plain(sequence(split(TEKKEN_SPLIT), false)) },
             other => bail!(
                 "tokenizer.ggml.pre is {other:?}; supported are default, gpt-2, smollm, llama-bpe, \

@@ -3,7 +3,7 @@
 //! [`TextModel`] is what a model says about its text, from a folder in Hugging Face layout or from
 //! a GGUF file's metadata. Reading order: `text_model` (the front door), `tokenizer`, `gguf_vocab`
 //! (a GGUF vocabulary made into one), `template` and `python` (chat to text), then `detokenizer` and `stop`
-//! (tokens to text).
+//! (tokens to text), `reasoning` and `tool_calls` (what parts of that text are).
 #![forbid(unsafe_code)]
 
 mod detokenizer;
@@ -14,6 +14,7 @@ mod stop;
 mod template;
 mod text_model;
 mod tokenizer;
+mod tool_calls;
 
 pub use detokenizer::Detokenizer;
 pub use gguf_vocab::{GgufTokenType, GgufVocab};
@@ -22,3 +23,4 @@ pub use stop::{StopMatcher, StopOutcome};
 pub use template::{ChatRequest, ChatTemplate};
 pub use text_model::{TextError, TextModel};
 pub use tokenizer::{Special, Tokenizer};
+pub use tool_calls::{ToolCallParser, ToolFormat, ToolPiece};

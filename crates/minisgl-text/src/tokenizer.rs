@@ -41,10 +41,14 @@ impl Tokenizer {
     pub fn from_json(tokenizer_json: &[u8]) -> Result<Self> {
         let inner = HfTokenizer::from_bytes(tokenizer_json)
             .map_err(|error| anyhow!("tokenizer.json: {error}"))?;
-        // Whatever the post-processor puts in front of nothing is what it puts in front of a prompt.
-        let empty =
-            inner.encode_fast("", true).map_err(|error| anyhow!("tokenizer.json: {error}"))?;
-        let prompt_bos = empty.get_ids().first().copied();
+        // Whatever the post-processor puts in front of a text is BOS.
+        let ids = |specials: bool| {
+            let encoding = inner.encode_fast("a", specials);
+            encoding.map_err(|error| anyhow!("tokenizer.json: {error}"))
+        };
+        let (with, without) = (ids(true)?, ids(false)?);
+        let first = with.get_ids().first().copied();
+        let prompt_bos = first.filter(|_| !with.get_ids().starts_with(without.get_ids()));
         Self::new(inner, prompt_bos)
     }
 
