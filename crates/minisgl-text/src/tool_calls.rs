@@ -130,7 +130,7 @@ impl ToolCallParser {
         let is_blank = text.trim().is_empty();
         self.is_start &= is_blank;
         // The line ends between calls are nobody's.
-        if !text.is_empty() && !(is_blank && self.calls > 0) {
+        if !(text.is_empty() || is_blank && self.calls > 0) {
             piece(ToolPiece::Content(text));
         }
     }

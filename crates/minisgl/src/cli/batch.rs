@@ -41,11 +41,8 @@ pub(super) fn run(
     let mut batch = Batch { llm: &llm, lines, in_flight: VecDeque::new() };
     let mut tokens = 0;
     while let Some((line, outcome)) = batch.next() {
-        let completion = outcome.map(|completion| {
-            tokens += completion.completion_tokens;
-            completion
-        });
-        results.append(&line.result(&completion))?;
+        tokens += outcome.as_ref().map_or(0, |completion| completion.completion_tokens);
+        results.append(&line.result(&outcome))?;
         let rate = tokens as f64 / progress.elapsed().as_secs_f64().max(1e-3);
         progress.set_message(format!("{rate:.0} tokens/s"));
         progress.inc(1);
