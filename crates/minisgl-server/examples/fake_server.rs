@@ -2,6 +2,8 @@
 //! every prompt with the same words.
 //!
 //! `cargo run --release -p minisgl-server --example fake_server -- [port] [answer]`
+//!
+//! Port 0 takes a free one; the address is written to standard error.
 
 #[path = "../../minisgl-frontend/tests/tiny/mod.rs"]
 mod tiny;
@@ -23,6 +25,7 @@ async fn main() -> Result<()> {
     let engine = FakeEngine::new(options);
     let frontend = Frontend::start(engine, tiny::text_model(), FrontendOptions::default())?;
     let listener = TcpListener::bind(("127.0.0.1", port)).await?;
+    eprintln!("Ready: http://{}", listener.local_addr()?);
     let names = vec!["tiny".to_string()];
     serve(frontend, ServerOptions { model_names: names, ..ServerOptions::default() }, listener)
         .await
