@@ -217,11 +217,14 @@ mod tests {
         (content, calls)
     }
 
+    /// A text in a format, its content, and the names and arguments of its calls.
+    type Case<'a> = (ToolFormat, &'a str, &'a str, &'a [(&'a str, &'a str)]);
+
     #[test]
     fn texts_are_parsed_the_same_however_they_are_cut() {
         use ToolFormat::{Hermes, Llama, Mistral};
         let one = r#"{"a": "é<b>"}"#;
-        let table: [(ToolFormat, &str, &str, &[(&str, &str)]); 14] = [
+        let table: [Case<'_>; 14] = [
             (
                 Hermes,
                 "Let me look.\n<tool_call>\n{\"name\": \"f\", \"arguments\": {\"a\": \"é<b>\"}}\n</tool_call>\n<tool_call>\n{\"name\": \"g\", \"arguments\": {}}\n</tool_call>",
