@@ -228,28 +228,14 @@ impl<'a> Model<'a> {
         }
         for layer in &self.layers {
             linear(&s.x, Some(&self.norm), &layer.qkv, Store::Set, &s.qkv)?;
-            if parts.rest {
-                let norm = Some(&self.head_norm);
-                let args = RopeStore {
-                    batch: &s.batch,
-                    heads,
-                    q_norm: norm,
-                    k_norm: norm,
-                    rope: &self.rope,
-                    kv: &layer.kv,
-                };
-                b.rope_store(&args, &s.qkv)?;
-            }
+            let norm = Some(&self.head_norm);
+            let (batch, kv) = (&s.batch, &layer.kv);
+            let store =
+                RopeStore { batch, heads, q_norm: norm, k_norm: norm, rope: &self.rope, kv };
             if parts.attention {
-                let args = Attention {
-                    batch: &s.batch,
-                    heads,
-                    kv: &layer.kv,
-                    scale: 0.088,
-                    window: None,
-                    soft_cap: None,
-                };
-                b.attention(&args, &s.qkv, &s.attended)?;
+                let args =
+                    Attention { batch, heads, kv, scale: 0.088, window: None, soft_cap: None };
+                b.rope_attention(&store, &args, &s.qkv, &s.attended)?;
             }
             linear(&s.attended, None, &layer.o, Store::Add, &s.x)?;
             if parts.linear {

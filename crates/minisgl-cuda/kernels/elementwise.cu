@@ -129,8 +129,17 @@ extern "C" __global__ void gather(const T *x, const int *indices, int width, T *
     for (int i = threadIdx.x; i < width; i += blockDim.x) to[i] = from[i];
 }
 
+__device__ __forceinline__ float2 read_pair(const float *from) { return *(const float2 *)from; }
+__device__ __forceinline__ float2 read_pair(const bf16 *from) {
+    u32 x = *(const u32 *)from;
+    return make_float2(low_half(x), high_half(x));
+}
+__device__ __forceinline__ void write_pair(float *to, float2 x) { *(float2 *)to = x; }
+__device__ __forceinline__ void write_pair(bf16 *to, float2 x) { *(u32 *)to = pack(x.x, x.y); }
+
 // Per head: norm (a null weight skips it), rotation of element i with i + dim/2, K and V to their
-// pages, Q in place. qkv [tokens, (q + 2·kv)·dim]; rope [positions, dim]; a warp a head.
+// pages, Q in place. qkv [tokens, (q + 2·kv)·dim]; rope [positions, dim]; a warp a head, a lane
+// pairs of elements.
 extern "C" __global__ void rope_store(T *qkv, int tokens, int q_heads, int kv_heads, int dim,
                                       const float *q_weight, float q_eps, float q_shift,
                                       const float *k_weight, float k_eps, float k_shift,
@@ -142,43 +151,44 @@ extern "C" __global__ void rope_store(T *qkv, int tokens, int q_heads, int kv_he
     int index = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x & 31;
     if (index >= tokens * heads) return;
     int token = index / heads, head = index % heads;
-    T *x = qkv + (long long)index * dim;
-    int slot = store_at[token];
-    T *page = nullptr;
+    T *x = qkv + (long long)index * dim, *page = nullptr;
+    bool is_value = head >= q_heads + kv_heads;
     if (head >= q_heads) {
+        int slot = store_at[token], kv_head = (head - q_heads) % kv_heads;
         if (slot < 0) return;
-        int kv_head = (head - q_heads) % kv_heads;
-        page = (head < q_heads + kv_heads ? k_pages : v_pages) +
+        page = (is_value ? v_pages : k_pages) +
                (((long long)(slot / page_size) * kv_heads + kv_head) * page_size + slot % page_size) * dim;
-        if (head >= q_heads + kv_heads) {
-            for (int i = lane; i < dim; i += 32) page[i] = x[i];
-            return;
-        }
     }
     const float *weight = page ? k_weight : q_weight;
-    float eps = page ? k_eps : q_eps, shift = page ? k_shift : q_shift, scale = 1.f;
+    float eps = page ? k_eps : q_eps, shift = page ? k_shift : q_shift, scale = 1.f, squares = 0.f;
     int half = dim / 2;
-    float low[4], high[4];
-    float squares = 0.f;
+    float2 low[2], high[2];
 #pragma unroll
-    for (int j = 0; j < 4; j++) {
-        int i = lane + 32 * j;
-        low[j] = i < half ? to_float(x[i]) : 0.f;
-        high[j] = i < half ? to_float(x[i + half]) : 0.f;
-        squares += low[j] * low[j] + high[j] * high[j];
+    for (int j = 0; j < 2; j++) {
+        int i = 2 * (lane + 32 * j);
+        low[j] = high[j] = make_float2(0.f, 0.f);
+        if (i < half) low[j] = read_pair(x + i), high[j] = read_pair(x + i + half);
+        squares += low[j].x * low[j].x + low[j].y * low[j].y + high[j].x * high[j].x + high[j].y * high[j].y;
     }
-    if (weight) scale = rsqrtf(warp_sum(squares) / dim + eps);
+    if (weight && !is_value) scale = rsqrtf(warp_sum(squares) / dim + eps);
     const float *angles = rope + (long long)positions[token] * dim;
     T *to = page ? page : x;
 #pragma unroll
-    for (int j = 0; j < 4; j++) {
-        int i = lane + 32 * j;
+    for (int j = 0; j < 2; j++) {
+        int i = 2 * (lane + 32 * j);
         if (i >= half) break;
-        float a = low[j] * scale, b = high[j] * scale;
-        if (weight) a *= weight[i] + shift, b *= weight[i + half] + shift;
-        float c = angles[i], s = angles[i + half];
-        to[i] = from_float<T>(a * c - b * s);
-        to[i + half] = from_float<T>(b * c + a * s);
+        float2 a = low[j], b = high[j];
+        if (!is_value) {
+            if (weight) {
+                float2 w = read_pair(weight + i), v = read_pair(weight + i + half);
+                a.x *= scale * (w.x + shift), a.y *= scale * (w.y + shift);
+                b.x *= scale * (v.x + shift), b.y *= scale * (v.y + shift);
+            }
+            float2 c = read_pair(angles + i), s = read_pair(angles + i + half), from = a;
+            a.x = a.x * c.x - b.x * s.x, a.y = a.y * c.y - b.y * s.y;
+            b.x = b.x * c.x + from.x * s.x, b.y = b.y * c.y + from.y * s.y;
+        }
+        write_pair(to + i, a), write_pair(to + i + half, b);
     }
 }
 

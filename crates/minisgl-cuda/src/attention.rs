@@ -1,11 +1,11 @@
 //! Paged attention: decode rows split along their context, the others in tiles of queries.
 
-use minisgl_tensor::{Attention, BackendError, DType, Heads, Result, Tensor};
+use minisgl_tensor::{Attention, BackendError, DType, Heads, Result, RopeStore, Tensor};
 
 use crate::backend::CudaBackend;
 use crate::device::{Launch, address_of};
 use crate::kernels::Module;
-use crate::tiles::Matrix;
+use crate::tiles::{Matrix, TensorMap};
 
 /// As `Args` in `kernels/attention.cu`.
 #[repr(C)]
@@ -35,8 +35,34 @@ struct Args {
 }
 
 impl CudaBackend {
-    pub(crate) fn attention_op(&self, a: &Attention<'_>, qkv: &Tensor, out: &Tensor) -> Result<()> {
+    /// The decode rows in one kernel where the card can, the others one operation after the other.
+    pub(crate) fn rope_attention_op(
+        &self,
+        store: &RopeStore<'_>,
+        a: &Attention<'_>,
+        qkv: &Tensor,
+        out: &Tensor,
+    ) -> Result<()> {
+        let decode_rows = if self.takes_decode(a) { a.batch.decode_rows } else { 0 };
+        if decode_rows > 0 {
+            self.decode(store, a, qkv, out)?;
+        }
+        self.rope_store_op(store, decode_rows, qkv)?;
+        self.attention_from(decode_rows, a, qkv, out)
+    }
+
+    /// Attention of the rows from `first_row` on.
+    pub(crate) fn attention_from(
+        &self,
+        first_row: usize,
+        a: &Attention<'_>,
+        qkv: &Tensor,
+        out: &Tensor,
+    ) -> Result<()> {
         let (batch, heads) = (a.batch, a.heads);
+        if first_row == batch.rows {
+            return Ok(());
+        }
         let group = heads.q / heads.kv;
         if heads.dim > 256 || heads.dim % 8 != 0 {
             return Err(BackendError::Unsupported(
@@ -72,14 +98,15 @@ impl CudaBackend {
         };
         // The decode kernel holds one token's whole group in a tile of 16.
         let decode_rows = if self.exact || group > 16 { 0 } else { batch.decode_rows };
-        if decode_rows > 0 {
-            self.decode(&mut args, decode_rows, heads)?;
+        if decode_rows > first_row {
+            self.split_decode(&mut args, decode_rows, heads)?;
         }
-        let rows = batch.rows - decode_rows;
+        let first_row = first_row.max(decode_rows);
+        let rows = batch.rows - first_row;
         if rows == 0 {
             return Ok(());
         }
-        args.first_row = decode_rows as i32;
+        args.first_row = first_row as i32;
         if self.has_warpgroups() && takes_tiles(heads, batch.page_size) {
             return self.prefill(a, &args, rows);
         }
@@ -99,7 +126,7 @@ impl CudaBackend {
         unsafe { self.device.launch_struct(function, shape, &args) }
     }
 
-    fn decode(&self, args: &mut Args, rows: usize, heads: Heads) -> Result<()> {
+    fn split_decode(&self, args: &mut Args, rows: usize, heads: Heads) -> Result<()> {
         let (kv_heads, dim) = (heads.kv, heads.dim);
         let units = rows * kv_heads;
         // Two blocks a multiprocessor are resident. Long rows may use up to `splits`; what a shorter
@@ -126,13 +153,9 @@ impl CudaBackend {
     }
 
     fn prefill(&self, a: &Attention<'_>, args: &Args, rows: usize) -> Result<()> {
-        let (heads, page_size) = (a.heads, a.batch.page_size);
+        let heads = a.heads;
         let cache_rows = a.kv.k.elements() / heads.dim;
-        let map = |pages: &Tensor| {
-            let (rows, cols) = (cache_rows, heads.dim);
-            Matrix { address: pages.address(), rows, cols, box_rows: page_size.min(128) }.map()
-        };
-        let (k, v) = (map(&a.kv.k)?, map(&a.kv.v)?);
+        let (k, v) = (page_map(&a.kv.k, a, 128)?, page_map(&a.kv.v, a, 128)?);
         let pairs = a.batch.extend_len_max.max(1) * (heads.q / heads.kv);
         let items = pairs.div_ceil(PAIRS) * rows * heads.kv;
         let (rows, items_i32, nowhere) = (rows as i32, items as i32, cache_rows as i32);
@@ -161,6 +184,21 @@ impl CudaBackend {
     pub(crate) fn has_warpgroups(&self) -> bool {
         !self.exact && self.device.capability == (9, 0)
     }
+}
+
+/// K or V as the bulk copy engine sees it: boxes of a page, or of so many of its rows.
+pub(crate) fn page_map(
+    pages: &Tensor,
+    a: &Attention<'_>,
+    box_rows_max: usize,
+) -> Result<TensorMap> {
+    Matrix {
+        address: pages.address(),
+        rows: pages.elements() / a.heads.dim,
+        cols: a.heads.dim,
+        box_rows: a.batch.page_size.min(box_rows_max),
+    }
+    .map()
 }
 
 /// (token, head of the group) pairs that `kernels/prefill.cu` takes at once.

@@ -6,9 +6,8 @@ use std::sync::{Arc, Mutex};
 
 use cudarc::driver::{result, sys};
 use minisgl_tensor::{
-    Activation, Adjust, Attention, Backend, BackendError, DType, Download, Embed, Graph,
-    HostTensor, Linear, Logprobs, MemoryInfo, Moe, Norm, Precision, Result, RopeStore, Sample,
-    Tensor, Weight,
+    Activation, Adjust, Attention, Backend, DType, Download, Embed, Graph, HostTensor, Linear,
+    Logprobs, MemoryInfo, Moe, Norm, Precision, Result, RopeStore, Sample, Tensor, Weight,
 };
 
 use crate::device::{Arg, Device, Launch, args, driver, fail};
@@ -249,43 +248,22 @@ impl Backend for CudaBackend {
         self.simple("add", Launch::new(count.div_ceil(256), 256), args![x, delta, count])
     }
 
-    fn rope_store(&self, a: &RopeStore<'_>, qkv: &Tensor) -> Result<()> {
-        let Some(batch) = Some(a.batch).filter(|b| b.tokens > 0) else { return Ok(()) };
-        if a.heads.dim > 256 || !a.heads.dim.is_multiple_of(2) {
-            return Err(BackendError::Unsupported(
-                format!("head size {} on CUDA", a.heads.dim).into(),
-            ));
-        }
-        let (q, q_eps, q_shift) = norm_args(a.q_norm);
-        let (k, k_eps, k_shift) = norm_args(a.k_norm);
-        let heads = batch.tokens * (a.heads.q + 2 * a.heads.kv);
-        self.simple(
-            "rope_store",
-            Launch::new(heads.div_ceil(4), 128),
-            args![
-                qkv,
-                batch.tokens,
-                a.heads.q,
-                a.heads.kv,
-                a.heads.dim,
-                q,
-                q_eps,
-                q_shift,
-                k,
-                k_eps,
-                k_shift,
-                a.rope,
-                &batch.positions,
-                &batch.store_at,
-                batch.page_size,
-                &a.kv.k,
-                &a.kv.v
-            ],
-        )
+    fn rope_store(&self, args: &RopeStore<'_>, qkv: &Tensor) -> Result<()> {
+        self.rope_store_op(args, 0, qkv)
     }
 
     fn attention(&self, args: &Attention<'_>, qkv: &Tensor, out: &Tensor) -> Result<()> {
-        self.attention_op(args, qkv, out)
+        self.attention_from(0, args, qkv, out)
+    }
+
+    fn rope_attention(
+        &self,
+        store: &RopeStore<'_>,
+        attention: &Attention<'_>,
+        qkv: &Tensor,
+        out: &Tensor,
+    ) -> Result<()> {
+        self.rope_attention_op(store, attention, qkv, out)
     }
 
     fn moe(&self, args: &Moe<'_>, out: &Tensor) -> Result<()> {

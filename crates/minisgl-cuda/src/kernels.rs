@@ -21,6 +21,7 @@ pub enum Module {
     Gemv,
     Stream,
     Attention,
+    Decode,
     Prefill,
     Sample,
     Moe,
@@ -35,6 +36,9 @@ impl Module {
                 concat!(include_str!("../kernels/hopper.cuh"), include_str!("../kernels/stream.cu"))
             }
             Module::Attention => include_str!("../kernels/attention.cu"),
+            Module::Decode => {
+                concat!(include_str!("../kernels/hopper.cuh"), include_str!("../kernels/decode.cu"))
+            }
             Module::Prefill => {
                 concat!(
                     include_str!("../kernels/hopper.cuh"),

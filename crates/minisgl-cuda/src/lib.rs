@@ -6,15 +6,17 @@
 //!
 //! Reading order: `device` (context, stream, memory, launches), `staging` (copies), `kernels`
 //! (compiling and caching), `gemm` and `tuning` (cuBLASLt), `weights`, and `backend` with its operations in
-//! `linear`, `attention`, `moe` and `sampling`.
+//! `linear`, `rope`, `attention`, `decode`, `moe` and `sampling`.
 
 mod attention;
 mod backend;
+mod decode;
 mod device;
 mod gemm;
 mod kernels;
 mod linear;
 mod moe;
+mod rope;
 mod sampling;
 mod staging;
 mod tiles;

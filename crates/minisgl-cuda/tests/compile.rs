@@ -32,6 +32,11 @@ fn kernels_compile_without_spills() {
         for dim in [64, 128].into_iter().filter(|_| arch == "sm_90a") {
             check(Module::Prefill, &[("DIM", dim)], arch, false, true);
         }
+        for dim in [64, 128, 256].into_iter().filter(|_| arch != "sm_80") {
+            for halves in [1, 2] {
+                check(Module::Decode, &[("DIM", dim), ("HALVES", halves)], arch, false, true);
+            }
+        }
         for tiles in [1, 2].into_iter().filter(|_| arch != "sm_80") {
             for (halves, gated, norm) in [(1, 0, 0), (2, 0, 1), (1, 1, 1), (2, 1, 1)] {
                 let defines = [

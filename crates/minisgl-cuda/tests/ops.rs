@@ -256,11 +256,11 @@ fn embedding_gather_and_scatter() {
     }
 }
 
-struct Case {
+struct Case<'a> {
     heads: Heads,
     page_size: usize,
     /// `(cached, extend)`, decodes first.
-    rows: &'static [(usize, usize)],
+    rows: &'a [(usize, usize)],
     window: Option<usize>,
     soft_cap: Option<f32>,
 }
@@ -278,26 +278,30 @@ fn rope_and_attention() {
             h(40, 8, 128),
             h(2, 1, 256),
             h(8, 8, 64),
+            h(32, 2, 64),
         ] {
             for (page_size, window, soft_cap) in [
                 (1, None, None),
                 (16, None, None),
                 (16, Some(40), None),
                 (64, None, Some(2.0)),
+                (8, Some(40), None),
                 (3, Some(7), None),
             ] {
                 attention_case(&mut r, &Case { heads, page_size, rows: mixed, window, soft_cap });
             }
         }
         let many: &[(usize, usize)] = &[(3000, 1); 40];
-        attention_case(
-            &mut r,
-            &Case { heads: h(4, 2, 128), page_size: 16, rows: many, window: None, soft_cap: None },
-        );
+        let short: Vec<(usize, usize)> = (0..300).map(|i| (i % 41, 1)).collect();
+        for rows in [many, &short, &[(1000, 1)]] {
+            let case =
+                Case { heads: h(4, 2, 128), page_size: 16, rows, window: None, soft_cap: None };
+            attention_case(&mut r, &case);
+        }
     }
 }
 
-fn attention_case(r: &mut Rig, case: &Case) {
+fn attention_case(r: &mut Rig, case: &Case<'_>) {
     let Heads { q: qh, kv: kvh, dim } = case.heads;
     let rows = case.rows.len();
     let tokens: usize = case.rows.iter().map(|x| x.1).sum();
@@ -319,6 +323,7 @@ fn attention_case(r: &mut Rig, case: &Case) {
     let (mut k, kt) = r.tensor(&[pages, kvh, case.page_size, dim]);
     let (mut v, vt) = r.tensor(&[pages, kvh, case.page_size, dim]);
     let (mut qkv, qkvt) = r.tensor(&[tokens, width]);
+    let fresh = [k.clone(), v.clone(), qkv.clone()];
     let (qw, qn) = r.vector(dim);
     let (kw, kn) = r.vector(dim);
     let angles: Vec<f64> = (0..longest)
@@ -448,6 +453,30 @@ fn attention_case(r: &mut Rig, case: &Case) {
     let out = r.out(&[tokens, qh * dim]);
     run(&Batch { decode_rows: 0, ..batch.clone() }, &out);
     r.close(&format!("attention as prefill {what}"), &r.get(&out), &want);
+
+    // Both operations at once, also from a graph.
+    let [k0, v0, qkv0] = &fresh;
+    let kv = KvLayer { k: r.put(k0, kv.k.shape()), v: r.put(v0, kv.v.shape()) };
+    let out = r.out(&[tokens, qh * dim]);
+    let (scale, heads) = (scale as f32, case.heads);
+    let store = RopeStore { kv: &kv, ..args };
+    let attention = Attention {
+        batch: &batch,
+        heads,
+        kv: &kv,
+        scale,
+        window: case.window,
+        soft_cap: case.soft_cap,
+    };
+    let qkvt = r.put(qkv0, &[tokens, width]);
+    r.b.rope_attention(&store, &attention, &qkvt, &out).unwrap();
+    r.close(&format!("rope and attention {what}"), &r.get(&out), &want);
+    r.close(&format!("k of both {what}"), &r.get(&kv.k), &k);
+    r.close(&format!("v of both {what}"), &r.get(&kv.v), &v);
+    let (out, input) = (r.out(&[tokens, qh * dim]), r.put(qkv0, &[tokens, width]));
+    let graph = r.b.capture(&mut || r.b.rope_attention(&store, &attention, &input, &out)).unwrap();
+    graph.unwrap().launch().unwrap();
+    r.close(&format!("rope and attention in a graph {what}"), &r.get(&out), &want);
 }
 
 #[test]

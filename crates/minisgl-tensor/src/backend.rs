@@ -99,6 +99,18 @@ pub trait Backend: Send + Sync {
     /// Causal attention of each row's queries over its pages, `cached_len + extend_len` long,
     /// the row's own tokens included. Reads Q from `qkv`; `out [tokens, q_heads·head_dim]`.
     fn attention(&self, args: &Attention<'_>, qkv: &Tensor, out: &Tensor) -> Result<()>;
+    /// `rope_store`, then `attention`, of the same step and layer. A device may do both in one pass;
+    /// what it leaves in `qkv` is then its own affair.
+    fn rope_attention(
+        &self,
+        store: &RopeStore<'_>,
+        attention: &Attention<'_>,
+        qkv: &Tensor,
+        out: &Tensor,
+    ) -> Result<()> {
+        self.rope_store(store, qkv)?;
+        self.attention(attention, qkv, out)
+    }
     /// `out += Σ over a token's top experts of weight_e · down_e(act(gate_e) · up_e)` of
     /// `norm(x)`, or `out = …`. `x`, `out [tokens, hidden]`.
     fn moe(&self, args: &Moe<'_>, out: &Tensor) -> Result<()>;

@@ -95,10 +95,9 @@ impl Attention {
         self.qkv.forward(ctx, &ctx.hidden(), Some(norm), &qkv)?;
         let (q_norm, k_norm) = (self.q_norm.as_ref(), self.k_norm.as_ref());
         let store = RopeStore { batch, heads, q_norm, k_norm, rope: &self.rope, kv };
-        ctx.backend.rope_store(&store, &qkv)?;
         let (scale, window, soft_cap) = (self.scale, self.window, self.soft_cap);
         let attention = AttentionArgs { batch, heads, kv, scale, window, soft_cap };
-        ctx.backend.attention(&attention, &qkv, &out)?;
+        ctx.backend.rope_attention(&store, &attention, &qkv, &out)?;
         Ok(out)
     }
 }

@@ -1,0 +1,410 @@
+// One token a row, on compute capability 9.0 and up: its q and k normed and rotated, k and v written to
+// their page, and softmax(scale · q·kᵀ) · v over the row's pages, in one kernel.
+//
+// A unit is a row's KV head with its whole group of query heads, a tile 16 tokens of a unit. All units'
+// tiles, behind one another, are divided evenly between the blocks, whatever the rows' lengths. In a
+// block, a warp fetches tiles by the bulk copy engine, `stages` ahead, before the kernels in front are
+// done: earlier tokens' K and V are older than this step, and the new token's are put into the tile in
+// shared memory. The other warps take the tiles in turn. Where a unit ends in a block, the warps' sums are
+// merged; where it is spread over several blocks, the last one to arrive merges theirs.
+// In shared memory: tiles [stage][K, V][part][16] of 128 bytes in the 128-byte swizzle, where a part is
+// 64 dimensions; q [16][DIM + 8]; the warps' sums [warp][group][DIM].
+
+#define TILE 16
+// With 8 warps in all, a thread can have the registers that heads of 256 take.
+#define WARPS (DIM <= 128 ? 8 : 7)
+#define PARTS (DIM / 64)
+#define MATRIX_BYTES (TILE * DIM * 2)
+#define STAGE_BYTES (2 * MATRIX_BYTES)
+#define PAIRS_A_LANE (DIM / 128 + (DIM < 128))
+#define ROWS_MAX 1024
+#define Q_STRIDE (DIM + 8)
+
+struct Args {
+    bf16 *qkv; bf16 *k_pages; bf16 *v_pages; bf16 *out;
+    const int *slots; const int *kv_len; const int *page_table; const int *positions; const int *store_at;
+    const float *rope; const float *q_norm; const float *k_norm;
+    float *partial; int *arrived;
+    int rows, pages_a_row, page_shift, q_heads, kv_heads, stages, window, early;
+    float q_eps, q_shift, k_eps, k_shift, scale, soft_cap;
+};
+
+// What a block takes of a unit: tiles `first..last` of the row's `tiles`, counted from its first seen one.
+struct Segment { int row, kv_head, kv_len, first, last, tiles, seen_from; };
+
+// The tiles of all rows before each one, for one KV head; and this block's share of all tiles.
+struct Work {
+    const int *before;
+    int rows, kv_heads, from, to, share;
+
+    __device__ Segment at(const Args &a, int position) const {
+        int low = 0, high = rows - 1;  // The last row that begins at or before `position`.
+        while (low < high) {
+            int middle = (low + high + 1) / 2;
+            if (before[middle] * kv_heads <= position) low = middle;
+            else high = middle - 1;
+        }
+        Segment s;
+        s.row = low, s.tiles = before[low + 1] - before[low], s.kv_len = a.kv_len[low];
+        int inside = position - before[low] * kv_heads;
+        s.kv_head = inside / s.tiles, s.first = inside % s.tiles;
+        s.last = min(s.tiles, s.first + to - position);
+        s.seen_from = a.window > 0 ? max(0, s.kv_len - a.window) / TILE : 0;
+        return s;
+    }
+};
+
+__device__ __forceinline__ int tiles_of(const Args &a, int row) {
+    int len = a.kv_len[row];
+    return (len + TILE - 1) / TILE - (a.window > 0 ? max(0, len - a.window) / TILE : 0);
+}
+
+// Fills `before` and divides the tiles. Every thread calls it.
+__device__ __forceinline__ Work divide(const Args &a, int *before) {
+    __shared__ int warp_sums[WARPS];
+    int thread = threadIdx.x, warp = thread / 32, lane = thread & 31, total = 0;
+    for (int base = 0; base < a.rows; base += WARPS * 32) {
+        int row = base + thread, mine = thread < WARPS * 32 && row < a.rows ? tiles_of(a, row) : 0, sum = mine;
+#pragma unroll
+        for (int i = 1; i < 32; i *= 2) {
+            int other = __shfl_up_sync(~0u, sum, i);
+            if (lane >= i) sum += other;
+        }
+        if (warp < WARPS && lane == 31) warp_sums[warp] = sum;
+        __syncthreads();
+        int ahead = total;
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) {
+            if (w < warp) ahead += warp_sums[w];
+            total += warp_sums[w];
+        }
+        if (thread < WARPS * 32 && row < a.rows) before[row] = ahead + sum - mine;
+        __syncthreads();
+    }
+    if (thread == 0) before[a.rows] = total;
+    __syncthreads();
+    // So few blocks that each warp of theirs has a tile.
+    int all = total * a.kv_heads, share = max(WARPS, (all + gridDim.x - 1) / gridDim.x);
+    return {before, a.rows, a.kv_heads, min(all, int(blockIdx.x) * share), min(all, int(blockIdx.x + 1) * share), share};
+}
+
+struct Ring {
+    u32 memory, full, free;
+    int stages, stage = 0, parity = 0;
+    __device__ void skip(int count) {
+        stage += count;
+        while (stage >= stages) stage -= stages, parity ^= 1;
+    }
+};
+
+// The ninth warp: every tile of the block's share.
+__device__ __forceinline__ void fetch_all(const Args &a, const Work &work, const TensorMap &k_map, const TensorMap &v_map, Ring ring) {
+    int lane = threadIdx.x & 31, page_size = 1 << a.page_shift, box = min(page_size, TILE), boxes = TILE / box;
+    for (int position = work.from; position < work.to;) {
+        Segment s = work.at(a, position);
+        const int *table = a.page_table + (long long)a.slots[s.row] * a.pages_a_row;
+        // A lane looks up a box, for as many tiles as a warp's lanes make.
+        int ahead = 32 / boxes;
+        for (int first = s.first; first < s.last; first += ahead) {
+            int token = (s.seen_from + first) * TILE + lane * box, y = 0;
+            // Boxes behind the end repeat the last one: what they hold is never used.
+            token = min(token, s.kv_len - 1) & ~(box - 1);
+            if (first + lane / boxes < s.last)
+                y = (table[token >> a.page_shift] * a.kv_heads + s.kv_head) * page_size + (token & (page_size - 1));
+            for (int tile = first; tile < min(s.last, first + ahead); tile++) {
+                u32 barrier = ring.full + 8 * ring.stage, to = ring.memory + ring.stage * STAGE_BYTES;
+                int op = lane % (2 * PARTS), at = lane / (2 * PARTS), part = op % PARTS;
+                int mine = __shfl_sync(~0u, y, (tile - first) * boxes + at % boxes);
+                barrier_wait(ring.free + 8 * ring.stage, ring.parity ^ 1);
+                if (lane == 0) barrier_expect(barrier, STAGE_BYTES);
+                __syncwarp();
+                to += op / PARTS * MATRIX_BYTES + part * TILE * 128 + at * box * 128;
+                if (at < boxes && op < PARTS) fetch_box(to, k_map, barrier, part * 64, mine);
+                if (at < boxes && op >= PARTS) fetch_box(to, v_map, barrier, part * 64, mine);
+                ring.skip(1);
+            }
+        }
+        position += s.last - s.first;
+    }
+}
+
+// A head's `DIM` numbers over a warp: lane l holds pairs l, l + 32, .. of the low half and of the high.
+struct Head {
+    float2 low[PAIRS_A_LANE], high[PAIRS_A_LANE];
+
+    static __device__ bool holds(int j) { return 2 * (int(threadIdx.x & 31) + 32 * j) < DIM / 2; }
+    static __device__ int index(int j) { return 2 * ((threadIdx.x & 31) + 32 * j); }
+
+    __device__ void read(const bf16 *from) {
+#pragma unroll
+        for (int j = 0; j < PAIRS_A_LANE; j++) {
+            u32 l = 0, h = 0;
+            if (holds(j)) l = *(const u32 *)(from + index(j)), h = *(const u32 *)(from + index(j) + DIM / 2);
+            low[j] = make_float2(low_half(l), high_half(l)), high[j] = make_float2(low_half(h), high_half(h));
+        }
+    }
+    __device__ void norm(const float *weight, float eps, float shift) {
+        if (!weight) return;
+        float squares = 0.f;
+#pragma unroll
+        for (int j = 0; j < PAIRS_A_LANE; j++)
+            squares += low[j].x * low[j].x + low[j].y * low[j].y + high[j].x * high[j].x + high[j].y * high[j].y;
+        float factor = rsqrtf(warp_sum(squares) / DIM + eps);
+#pragma unroll
+        for (int j = 0; j < PAIRS_A_LANE; j++) {
+            if (!holds(j)) continue;
+            float2 l = *(const float2 *)(weight + index(j)), h = *(const float2 *)(weight + index(j) + DIM / 2);
+            low[j].x *= factor * (l.x + shift), low[j].y *= factor * (l.y + shift);
+            high[j].x *= factor * (h.x + shift), high[j].y *= factor * (h.y + shift);
+        }
+    }
+    // Packed as it is written: the low half's pair j, and the high half's.
+    __device__ uint2 rotated(const float *angles, int j) const {
+        float2 c = *(const float2 *)(angles + index(j)), s = *(const float2 *)(angles + index(j) + DIM / 2);
+        return make_uint2(pack(low[j].x * c.x - high[j].x * s.x, low[j].y * c.y - high[j].y * s.y),
+                          pack(high[j].x * c.x + low[j].x * s.x, high[j].y * c.y + low[j].y * s.y));
+    }
+};
+
+__device__ __forceinline__ void load_matrices(u32 (&r)[4], u32 address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+}
+__device__ __forceinline__ void load_transposed(u32 (&r)[4], u32 address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+}
+// Where 16 bytes of a tile's matrix lie.
+__device__ __forceinline__ u32 in_tile(int row, int chunk) {
+    return chunk / 8 * TILE * 128 + row * 128 + ((chunk ^ row) & 7) * 16;
+}
+
+// The new token's k and v, into their page and into the tile at `tile`; what is behind it there becomes
+// zeros, since 0 · NaN is NaN. A whole warp.
+__device__ __forceinline__ void add_token(const Args &a, const Segment &s, u32 tile) {
+    int lane = threadIdx.x & 31, row = (s.kv_len - 1) & (TILE - 1), slot = a.store_at[s.row];
+    const bf16 *k = a.qkv + ((long long)s.row * (a.q_heads + 2 * a.kv_heads) + a.q_heads + s.kv_head) * DIM;
+    const bf16 *v = k + a.kv_heads * DIM;
+    long long to = (((long long)(slot >> a.page_shift) * a.kv_heads + s.kv_head << a.page_shift) + (slot & (1 << a.page_shift) - 1)) * DIM;
+    Head head;
+    head.read(k);
+    head.norm(a.k_norm, a.k_eps, a.k_shift);
+#pragma unroll
+    for (int j = 0; j < PAIRS_A_LANE; j++) {
+        if (!Head::holds(j)) continue;
+        uint2 x = head.rotated(a.rope + (long long)a.positions[s.row] * DIM, j);
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            int i = Head::index(j) + half * DIM / 2;
+            u32 value = *(const u32 *)(v + i), rotated = half ? x.y : x.x, at = tile + in_tile(row, i / 8) + i % 8 * 2;
+            asm volatile("st.shared.u32 [%0], %1;" :: "r"(at), "r"(rotated) : "memory");
+            asm volatile("st.shared.u32 [%0], %1;" :: "r"(at + MATRIX_BYTES), "r"(value) : "memory");
+            if (slot >= 0) *(u32 *)(a.k_pages + to + i) = rotated, *(u32 *)(a.v_pages + to + i) = value;
+        }
+    }
+    for (int i = lane; i < (TILE - 1 - row) * (DIM / 8); i += 32) {
+        u32 at = tile + MATRIX_BYTES + in_tile(row + 1 + i / (DIM / 8), i % (DIM / 8));
+        asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" :: "r"(at), "r"(0) : "memory");
+    }
+    // The copy engine may overwrite this only behind it.
+    publish_shared();
+    __syncwarp();
+}
+
+// A warp's sums over its tiles of a unit. Lane (g, t) holds o[j][2h + e]: head g + 8h, dimension 8j + 2t + e.
+struct Sums {
+    float o[DIM / 8][4], top[2], sum[2];
+
+    __device__ void clear() {
+#pragma unroll
+        for (int j = 0; j < DIM / 8; j++) o[j][0] = o[j][1] = o[j][2] = o[j][3] = 0.f;
+        top[0] = top[1] = -infinity(), sum[0] = sum[1] = 0.f;
+    }
+
+    __device__ void add(const Args &a, const Segment &s, int base, u32 tile, const u32 (&q)[DIM / 16][4]) {
+        int lane = threadIdx.x & 31, t = lane & 3;
+        float x[2][4] = {};
+        u32 b[4];
+#pragma unroll
+        for (int i = 0; i < DIM / 16; i++) {
+            load_matrices(b, tile + in_tile((lane & 7) + (lane >> 4) * 8, 2 * i + (lane >> 3 & 1)));
+            mma(x[0], q[i][0], q[i][1], q[i][2], q[i][3], b[0], b[1]);
+            mma(x[1], q[i][0], q[i][1], q[i][2], q[i][3], b[2], b[3]);
+        }
+        float scale = (a.soft_cap > 0.f ? 1.f : a.scale) * 1.4426950408889634f;
+        bool whole = base + TILE <= s.kv_len && (a.window <= 0 || base >= s.kv_len - a.window);
+#pragma unroll
+        for (int h = 0; h < HALVES; h++) {
+            float best = top[h];
+#pragma unroll
+            for (int n = 0; n < 2; n++)
+#pragma unroll
+                for (int e = 0; e < 2; e++) {
+                    float &y = x[n][2 * h + e];
+                    if (a.soft_cap > 0.f) y = a.soft_cap * tanhf(y * a.scale / a.soft_cap);
+                    int token = base + n * 8 + 2 * t + e;
+                    if (!whole && (token >= s.kv_len || (a.window > 0 && token < s.kv_len - a.window))) y = -infinity();
+                    best = fmaxf(best, y);
+                }
+            best = fmaxf(best, __shfl_xor_sync(~0u, best, 1));
+            best = fmaxf(best, __shfl_xor_sync(~0u, best, 2));
+            float safe = best == -infinity() ? 0.f : best * scale, shrink = power_of_2(top[h] * scale - safe);
+            top[h] = best, sum[h] *= shrink;
+#pragma unroll
+            for (int n = 0; n < 2; n++)
+#pragma unroll
+                for (int e = 0; e < 2; e++) sum[h] += x[n][2 * h + e] = power_of_2(x[n][2 * h + e] * scale - safe);
+#pragma unroll
+            for (int j = 0; j < DIM / 8; j++) o[j][2 * h] *= shrink, o[j][2 * h + 1] *= shrink;
+        }
+        u32 p0 = pack(x[0][0], x[0][1]), p1 = HALVES > 1 ? pack(x[0][2], x[0][3]) : 0;
+        u32 p2 = pack(x[1][0], x[1][1]), p3 = HALVES > 1 ? pack(x[1][2], x[1][3]) : 0;
+#pragma unroll
+        for (int j = 0; j < DIM / 16; j++) {
+            load_transposed(b, tile + MATRIX_BYTES + in_tile((lane & 7) + (lane >> 3 & 1) * 8, 2 * j + (lane >> 4)));
+            mma(o[2 * j], p0, p1, p2, p3, b[0], b[1]);
+            mma(o[2 * j + 1], p0, p1, p2, p3, b[2], b[3]);
+        }
+    }
+};
+
+struct Shared {
+    bf16 *q; float *sums;
+    float (*tops)[16][2];  // [warp][head]: best score, in powers of 2, and sum
+    int *arrived;
+};
+
+// Normed and rotated, a warp a head, as the factors of products.
+__device__ __forceinline__ void prepare_q(const Args &a, const Segment &s, const Shared &shared, u32 (&q)[DIM / 16][4]) {
+    int warp = threadIdx.x / 32, lane = threadIdx.x & 31, group = a.q_heads / a.kv_heads;
+    for (int i = warp; i < group; i += WARPS) {
+        Head head;
+        head.read(a.qkv + ((long long)s.row * (a.q_heads + 2 * a.kv_heads) + s.kv_head * group + i) * DIM);
+        head.norm(a.q_norm, a.q_eps, a.q_shift);
+#pragma unroll
+        for (int j = 0; j < PAIRS_A_LANE; j++) {
+            if (!Head::holds(j)) continue;
+            uint2 x = head.rotated(a.rope + (long long)a.positions[s.row] * DIM, j);
+            *(u32 *)(shared.q + i * Q_STRIDE + Head::index(j)) = x.x;
+            *(u32 *)(shared.q + i * Q_STRIDE + Head::index(j) + DIM / 2) = x.y;
+        }
+    }
+    named_barrier(1, WARPS * 32);
+    // Heads behind the group hold what an earlier unit left, or zeros; nobody reads their sums.
+    u32 from = shared_address(shared.q + (lane & 15) * Q_STRIDE + (lane >> 4) * 8);
+#pragma unroll
+    for (int i = 0; i < DIM / 16; i++) load_matrices(q[i], from + i * 32);
+}
+
+// The warps' sums become the unit's: in `out`, or, of a part of a unit, in the block's place in `partial`.
+__device__ __forceinline__ void merge(const Args &a, const Work &work, const Segment &s, const Shared &shared, Sums &mine) {
+    int warp = threadIdx.x / 32, lane = threadIdx.x & 31, g = lane / 4, t = lane & 3, group = a.q_heads / a.kv_heads;
+    float scale = (a.soft_cap > 0.f ? 1.f : a.scale) * 1.4426950408889634f;
+#pragma unroll
+    for (int h = 0; h < HALVES; h++) {
+        float sum = mine.sum[h];
+        sum += __shfl_xor_sync(~0u, sum, 1);
+        sum += __shfl_xor_sync(~0u, sum, 2);
+        int head = g + 8 * h;
+        if (head >= group) continue;
+        if (t == 0) shared.tops[warp][head][0] = mine.top[h] * scale, shared.tops[warp][head][1] = sum;
+        float *to = shared.sums + (warp * group + head) * DIM + 2 * t;
+#pragma unroll
+        for (int j = 0; j < DIM / 8; j++) *(float2 *)(to + 8 * j) = make_float2(mine.o[j][2 * h], mine.o[j][2 * h + 1]);
+    }
+    named_barrier(1, WARPS * 32);
+    bool whole = s.last - s.first == s.tiles;
+    const int stride = 16 * (DIM + 2);
+    float *partial = a.partial + (2 * blockIdx.x + (s.first > 0 ? 0 : 1)) * stride;
+    bf16 *out = a.out + ((long long)s.row * a.q_heads + s.kv_head * group) * DIM;
+    for (int i = threadIdx.x; i < group * DIM; i += WARPS * 32) {
+        int head = i / DIM;
+        float best = -infinity(), total = 0.f, value = 0.f;
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) best = fmaxf(best, shared.tops[w][head][0]);
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) {
+            float factor = power_of_2(shared.tops[w][head][0] - best);
+            total += factor * shared.tops[w][head][1], value += factor * shared.sums[w * group * DIM + i];
+        }
+        if (whole) out[i] = from_float<bf16>(value / total);
+        else {
+            partial[head * (DIM + 2) + i % DIM] = value;
+            if (i % DIM == 0) partial[head * (DIM + 2) + DIM] = best, partial[head * (DIM + 2) + DIM + 1] = total;
+        }
+    }
+    if (whole) return;
+    int unit = s.row * a.kv_heads + s.kv_head, begin = work.before[s.row] * a.kv_heads + s.kv_head * s.tiles;
+    int first_block = begin / work.share, blocks = (begin + s.tiles - 1) / work.share - first_block + 1;
+    __threadfence();
+    named_barrier(1, WARPS * 32);
+    if (threadIdx.x == 0) *shared.arrived = atomicAdd(a.arrived + unit, 1);
+    named_barrier(1, WARPS * 32);
+    if (*shared.arrived != blocks - 1) return;
+    __threadfence();
+    // Only the first block's part begins where the unit does.
+    auto part = [&](int b) { return a.partial + (2 * (first_block + b) + (b == 0 ? 1 : 0)) * stride; };
+    for (int i = threadIdx.x; i < group * DIM; i += WARPS * 32) {
+        int head = i / DIM, at = head * (DIM + 2);
+        float best = -infinity(), total = 0.f, value = 0.f;
+        for (int b = 0; b < blocks; b++) best = fmaxf(best, __ldcg(part(b) + at + DIM));
+#pragma unroll 4
+        for (int b = 0; b < blocks; b++) {
+            const float *from = part(b) + at;
+            float factor = power_of_2(__ldcg(from + DIM) - best);
+            total += factor * __ldcg(from + DIM + 1), value += factor * __ldcg(from + i % DIM);
+        }
+        out[i] = from_float<bf16>(value / total);
+    }
+    if (threadIdx.x == 0) a.arrived[unit] = 0;
+}
+
+extern "C" __global__ void __launch_bounds__(32 * (WARPS + 1), 1)
+decode(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map, const Args a) {
+    extern __shared__ unsigned char memory[];
+    __shared__ u64 barrier_words[2 * 32];
+    __shared__ int before[ROWS_MAX + 1];
+    __shared__ float tops[WARPS][16][2];
+    __shared__ int arrived;
+    let_next_start();
+    u32 tiles = (shared_address(memory) + 1023) / 1024 * 1024, first_barrier = shared_address(barrier_words);
+    unsigned char *behind = memory + (tiles - shared_address(memory)) + a.stages * STAGE_BYTES;
+    Shared shared = {(bf16 *)behind, (float *)(behind + 16 * Q_STRIDE * 2), tops, &arrived};
+    Ring ring = {tiles, first_barrier, first_barrier + 8 * a.stages, a.stages};
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < a.stages; i++) barrier_init(ring.full + 8 * i, 1), barrier_init(ring.free + 8 * i, 1);
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    for (int i = threadIdx.x; i < 16 * Q_STRIDE / 2; i += blockDim.x) ((u32 *)shared.q)[i] = 0;
+    // In a graph, page table and lengths are older than all its kernels.
+    if (!a.early) wait_for_previous();
+    Work work = divide(a, before);
+    int warp = threadIdx.x / 32;
+    if (warp == WARPS) {
+        fetch_all(a, work, k_map, v_map, ring);
+        wait_for_previous();
+        return;
+    }
+    wait_for_previous();
+    ring.skip(warp);
+    int next = work.from + warp;
+    for (int position = work.from; position < work.to;) {
+        Segment s = work.at(a, position);
+        u32 q[DIM / 16][4];
+        prepare_q(a, s, shared, q);
+        Sums sums;
+        sums.clear();
+        int end = position + s.last - s.first;
+        for (; next < end; next += WARPS, ring.skip(WARPS)) {
+            int tile = s.first + next - position;
+            u32 at = ring.memory + ring.stage * STAGE_BYTES;
+            barrier_wait(ring.full + 8 * ring.stage, ring.parity);
+            if (tile == s.tiles - 1) add_token(a, s, at);
+            sums.add(a, s, (s.seen_from + tile) * TILE, at, q);
+            __syncwarp();
+            if ((threadIdx.x & 31) == 0) barrier_arrive(ring.free + 8 * ring.stage);
+        }
+        merge(a, work, s, shared, sums);
+        position = end;
+    }
+}

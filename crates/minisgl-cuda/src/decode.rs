@@ -1,0 +1,144 @@
+//! A decode step's rotation, write and attention in one kernel, on cards with the bulk copy engine.
+
+use minisgl_tensor::{Attention, DType, Heads, Result, RopeStore, Tensor};
+
+use crate::attention::page_map;
+use crate::backend::{CudaBackend, norm_args};
+use crate::device::{Launch, address_of, fail};
+use crate::kernels::Module;
+
+/// As `Args` in `kernels/decode.cu`.
+#[repr(C)]
+struct Args {
+    qkv: u64,
+    k_pages: u64,
+    v_pages: u64,
+    out: u64,
+    slots: u64,
+    kv_len: u64,
+    page_table: u64,
+    positions: u64,
+    store_at: u64,
+    rope: u64,
+    q_norm: u64,
+    k_norm: u64,
+    partial: u64,
+    arrived: u64,
+    rows: i32,
+    pages_a_row: i32,
+    page_shift: i32,
+    q_heads: i32,
+    kv_heads: i32,
+    stages: i32,
+    window: i32,
+    early: i32,
+    q_eps: f32,
+    q_shift: f32,
+    k_eps: f32,
+    k_shift: f32,
+    scale: f32,
+    soft_cap: f32,
+}
+
+/// As in `kernels/decode.cu`.
+const TILE: usize = 16;
+const ROWS_MAX: usize = 1024;
+/// Tiles on their way.
+const TILE_BYTES: usize = 128 << 10;
+/// The same for up to so many rows, whose steps are short: the next kernel's blocks find room beside
+/// this one's.
+const FEW_ROWS: usize = 16;
+const FEW_ROWS_TILE_BYTES: usize = 64 << 10;
+/// What a block can have, less what the kernel has of its own.
+const SHARED_BYTES: usize = 216 << 10;
+
+/// A block's warps and shared memory.
+struct Block {
+    warps: usize,
+    stages: usize,
+    shared: usize,
+}
+
+impl Block {
+    /// None where heads are too large for so many in a group.
+    fn new(Heads { q, kv, dim }: Heads, rows: usize) -> Option<Self> {
+        let warps = if dim <= 128 { 8 } else { 7 };
+        let behind = 16 * (dim + 8) * 2 + warps * (q / kv) * dim * 4 + 1024;
+        let bytes = if rows <= FEW_ROWS { FEW_ROWS_TILE_BYTES } else { TILE_BYTES };
+        let stage = 2 * TILE * dim * 2;
+        // A stage is always the same warp's: it knows by itself what became of the tile before.
+        let stages = warps * (bytes / stage / warps).max(1);
+        let shared = stages * stage + behind;
+        (shared <= SHARED_BYTES).then_some(Self { warps, stages, shared })
+    }
+}
+
+impl CudaBackend {
+    /// Whether `kernels/decode.cu` takes a step's decode rows.
+    pub(crate) fn takes_decode(&self, a: &Attention<'_>) -> bool {
+        let (Heads { q, kv, dim }, page_size) = (a.heads, a.batch.page_size);
+        !self.exact
+            && self.device.capability.0 >= 9
+            && matches!(dim, 64 | 128 | 256)
+            && q / kv <= 16
+            && page_size.is_power_of_two()
+            && page_size >= 8
+            && a.batch.decode_rows <= ROWS_MAX
+            && Block::new(a.heads, a.batch.decode_rows).is_some()
+    }
+
+    /// The first `decode_rows` rows of a step, each of one token.
+    pub(crate) fn decode(
+        &self,
+        store: &RopeStore<'_>,
+        a: &Attention<'_>,
+        qkv: &Tensor,
+        out: &Tensor,
+    ) -> Result<()> {
+        let (batch, Heads { q, kv, dim }) = (a.batch, a.heads);
+        let (rows, group, blocks) = (batch.decode_rows, q / kv, self.device.multiprocessors);
+        let Block { warps, stages, shared } = Block::new(a.heads, rows)
+            .ok_or_else(|| fail(format!("{:?} do not fit the decode kernel", a.heads)))?;
+        let (q_norm, q_eps, q_shift) = norm_args(store.q_norm);
+        let (k_norm, k_eps, k_shift) = norm_args(store.k_norm);
+        let args = Args {
+            qkv: qkv.address(),
+            k_pages: a.kv.k.address(),
+            v_pages: a.kv.v.address(),
+            out: out.address(),
+            slots: batch.slots.address(),
+            kv_len: batch.kv_len.address(),
+            page_table: batch.page_table.address(),
+            positions: batch.positions.address(),
+            store_at: batch.store_at.address(),
+            rope: store.rope.address(),
+            q_norm,
+            k_norm,
+            partial: self.scratch("decode", DType::F32, &[blocks * 2 * 16 * (dim + 2)])?.address(),
+            arrived: self.scratch("decode arrivals", DType::I32, &[rows * kv])?.address(),
+            rows: rows as i32,
+            pages_a_row: batch.page_table.row_len() as i32,
+            page_shift: batch.page_size.ilog2() as i32,
+            q_heads: q as i32,
+            kv_heads: kv as i32,
+            stages: stages as i32,
+            window: a.window.map_or(0, |w| w as i32),
+            // Outside of a graph, the kernel that writes the page table may not be done.
+            early: i32::from(self.device.is_capturing()?),
+            q_eps,
+            q_shift,
+            k_eps,
+            k_shift,
+            scale: a.scale,
+            soft_cap: a.soft_cap.unwrap_or(0.0),
+        };
+        let halves = if group <= 8 { 1 } else { 2 };
+        let defines = [("DIM", dim as i32), ("HALVES", halves)];
+        let function = self.kernels.get(Module::Decode, &defines, "decode")?;
+        let (k, v) = (page_map(&a.kv.k, a, TILE)?, page_map(&a.kv.v, a, TILE)?);
+        let shape = Launch { grid: [blocks, 1, 1], threads: 32 * (warps + 1), shared, cluster: 1 };
+        let mut words = [address_of(&k), address_of(&v), address_of(&args)];
+        // SAFETY: the kernel's parameters in order; the maps cover the cache, the rest is the step's.
+        unsafe { self.device.launch_raw(function, shape, &mut words) }
+    }
+}
