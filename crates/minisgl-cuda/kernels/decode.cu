@@ -22,7 +22,7 @@
 
 struct Args {
     bf16 *qkv; bf16 *k_pages; bf16 *v_pages; bf16 *out;
-    const int *slots; const int *kv_len; const int *page_table; const int *positions; const int *store_at;
+    const int *slots; const int *kv_len; const int *page_table; const int *store_at;
     const float *rope; const float *q_norm; const float *k_norm;
     float *partial; int *arrived;
     int rows, pages_a_row, page_shift, q_heads, kv_heads, stages, window, early;
@@ -32,39 +32,46 @@ struct Args {
 // What a block takes of a unit: tiles `first..last` of the row's `tiles`, counted from its first seen one.
 struct Segment { int row, kv_head, kv_len, first, last, tiles, seen_from; };
 
-// The tiles of all rows before each one, for one KV head; and this block's share of all tiles.
+// All rows: the tiles before each one for one KV head, its length, its slot. And this block's tiles.
 struct Work {
-    const int *before;
-    int rows, kv_heads, from, to, share;
+    const int *before, *lens, *slots;
+    int rows, kv_heads, from, to, share, window;
 
-    __device__ Segment at(const Args &a, int position) const {
-        int low = 0, high = rows - 1;  // The last row that begins at or before `position`.
+    // The last row that begins at or before `position`.
+    __device__ __forceinline__ int row_at(int position) const {
+        int low = 0, high = rows - 1;
         while (low < high) {
             int middle = (low + high + 1) / 2;
             if (before[middle] * kv_heads <= position) low = middle;
             else high = middle - 1;
         }
+        return low;
+    }
+    __device__ __forceinline__ Segment at(int position) const {
         Segment s;
-        s.row = low, s.tiles = before[low + 1] - before[low], s.kv_len = a.kv_len[low];
-        int inside = position - before[low] * kv_heads;
+        s.row = row_at(position);
+        s.tiles = before[s.row + 1] - before[s.row], s.kv_len = lens[s.row];
+        int inside = position - before[s.row] * kv_heads;
         s.kv_head = inside / s.tiles, s.first = inside % s.tiles;
         s.last = min(s.tiles, s.first + to - position);
-        s.seen_from = a.window > 0 ? max(0, s.kv_len - a.window) / TILE : 0;
+        s.seen_from = window > 0 ? max(0, s.kv_len - window) / TILE : 0;
         return s;
     }
 };
 
-__device__ __forceinline__ int tiles_of(const Args &a, int row) {
-    int len = a.kv_len[row];
-    return (len + TILE - 1) / TILE - (a.window > 0 ? max(0, len - a.window) / TILE : 0);
-}
-
-// Fills `before` and divides the tiles. Every thread calls it.
-__device__ __forceinline__ Work divide(const Args &a, int *before) {
+// Fills the rows and divides the tiles. Every thread calls it.
+__device__ __forceinline__ Work divide(const Args &a, int *before, int *lens, int *slots) {
     __shared__ int warp_sums[WARPS];
     int thread = threadIdx.x, warp = thread / 32, lane = thread & 31, total = 0;
     for (int base = 0; base < a.rows; base += WARPS * 32) {
-        int row = base + thread, mine = thread < WARPS * 32 && row < a.rows ? tiles_of(a, row) : 0, sum = mine;
+        int row = base + thread, mine = 0;
+        bool has = thread < WARPS * 32 && row < a.rows;
+        if (has) {
+            int len = a.kv_len[row];
+            lens[row] = len, slots[row] = a.slots[row];
+            mine = (len + TILE - 1) / TILE - (a.window > 0 ? max(0, len - a.window) / TILE : 0);
+        }
+        int sum = mine;
 #pragma unroll
         for (int i = 1; i < 32; i *= 2) {
             int other = __shfl_up_sync(~0u, sum, i);
@@ -78,14 +85,15 @@ __device__ __forceinline__ Work divide(const Args &a, int *before) {
             if (w < warp) ahead += warp_sums[w];
             total += warp_sums[w];
         }
-        if (thread < WARPS * 32 && row < a.rows) before[row] = ahead + sum - mine;
+        if (has) before[row] = ahead + sum - mine;
         __syncthreads();
     }
     if (thread == 0) before[a.rows] = total;
     __syncthreads();
     // So few blocks that each warp of theirs has a tile.
-    int all = total * a.kv_heads, share = max(WARPS, (all + gridDim.x - 1) / gridDim.x);
-    return {before, a.rows, a.kv_heads, min(all, int(blockIdx.x) * share), min(all, int(blockIdx.x + 1) * share), share};
+    int all = total * a.kv_heads, share = max(WARPS, (all + int(gridDim.x) - 1) / int(gridDim.x));
+    int from = min(all, int(blockIdx.x) * share), to = min(all, from + share);
+    return {before, lens, slots, a.rows, a.kv_heads, from, to, share, a.window};
 }
 
 struct Ring {
@@ -97,34 +105,30 @@ struct Ring {
     }
 };
 
-// The ninth warp: every tile of the block's share.
+// Where the tile at `position` begins in the cache, in rows.
+__device__ __forceinline__ int find(const Args &a, const Work &work, int position) {
+    if (position >= work.to) return 0;
+    Segment s = work.at(position);
+    int token = (s.seen_from + s.first) * TILE, inside = token & (1 << a.page_shift) - 1;
+    int page = a.page_table[(long long)work.slots[s.row] * a.pages_a_row + (token >> a.page_shift)];
+    return (page * a.kv_heads + s.kv_head << a.page_shift) + inside;
+}
+
+// The last warp: every tile of the block's share. Lanes look up 32 tiles while 32 are fetched.
 __device__ __forceinline__ void fetch_all(const Args &a, const Work &work, const TensorMap &k_map, const TensorMap &v_map, Ring ring) {
-    int lane = threadIdx.x & 31, page_size = 1 << a.page_shift, box = min(page_size, TILE), boxes = TILE / box;
-    for (int position = work.from; position < work.to;) {
-        Segment s = work.at(a, position);
-        const int *table = a.page_table + (long long)a.slots[s.row] * a.pages_a_row;
-        // A lane looks up a box, for as many tiles as a warp's lanes make.
-        int ahead = 32 / boxes;
-        for (int first = s.first; first < s.last; first += ahead) {
-            int token = (s.seen_from + first) * TILE + lane * box, y = 0;
-            // Boxes behind the end repeat the last one: what they hold is never used.
-            token = min(token, s.kv_len - 1) & ~(box - 1);
-            if (first + lane / boxes < s.last)
-                y = (table[token >> a.page_shift] * a.kv_heads + s.kv_head) * page_size + (token & (page_size - 1));
-            for (int tile = first; tile < min(s.last, first + ahead); tile++) {
-                u32 barrier = ring.full + 8 * ring.stage, to = ring.memory + ring.stage * STAGE_BYTES;
-                int op = lane % (2 * PARTS), at = lane / (2 * PARTS), part = op % PARTS;
-                int mine = __shfl_sync(~0u, y, (tile - first) * boxes + at % boxes);
-                barrier_wait(ring.free + 8 * ring.stage, ring.parity ^ 1);
-                if (lane == 0) barrier_expect(barrier, STAGE_BYTES);
-                __syncwarp();
-                to += op / PARTS * MATRIX_BYTES + part * TILE * 128 + at * box * 128;
-                if (at < boxes && op < PARTS) fetch_box(to, k_map, barrier, part * 64, mine);
-                if (at < boxes && op >= PARTS) fetch_box(to, v_map, barrier, part * 64, mine);
-                ring.skip(1);
-            }
+    int lane = threadIdx.x & 31, next = find(a, work, work.from + lane);
+    for (int first = work.from; first < work.to; first += 32) {
+        int now = next;
+        next = find(a, work, first + 32 + lane);
+        for (int i = 0; i < min(32, work.to - first); i++, ring.skip(1)) {
+            int y = __shfl_sync(~0u, now, i);
+            if (lane > 0) continue;
+            u32 barrier = ring.full + 8 * ring.stage, to = ring.memory + ring.stage * STAGE_BYTES;
+            barrier_wait(ring.free + 8 * ring.stage, ring.parity ^ 1);
+            barrier_expect(barrier, STAGE_BYTES);
+            fetch_parts(to, k_map, barrier, y);
+            fetch_parts(to + MATRIX_BYTES, v_map, barrier, y);
         }
-        position += s.last - s.first;
     }
 }
 
@@ -192,7 +196,7 @@ __device__ __forceinline__ void add_token(const Args &a, const Segment &s, u32 t
 #pragma unroll
     for (int j = 0; j < PAIRS_A_LANE; j++) {
         if (!Head::holds(j)) continue;
-        uint2 x = head.rotated(a.rope + (long long)a.positions[s.row] * DIM, j);
+        uint2 x = head.rotated(a.rope + (long long)(s.kv_len - 1) * DIM, j);
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             int i = Head::index(j) + half * DIM / 2;
@@ -284,7 +288,7 @@ __device__ __forceinline__ void prepare_q(const Args &a, const Segment &s, const
 #pragma unroll
         for (int j = 0; j < PAIRS_A_LANE; j++) {
             if (!Head::holds(j)) continue;
-            uint2 x = head.rotated(a.rope + (long long)a.positions[s.row] * DIM, j);
+            uint2 x = head.rotated(a.rope + (long long)(s.kv_len - 1) * DIM, j);
             *(u32 *)(shared.q + i * Q_STRIDE + Head::index(j)) = x.x;
             *(u32 *)(shared.q + i * Q_STRIDE + Head::index(j) + DIM / 2) = x.y;
         }
@@ -363,7 +367,7 @@ extern "C" __global__ void __launch_bounds__(32 * (WARPS + 1), 1)
 decode(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map, const Args a) {
     extern __shared__ unsigned char memory[];
     __shared__ u64 barrier_words[2 * 32];
-    __shared__ int before[ROWS_MAX + 1];
+    __shared__ int before[ROWS_MAX + 1], lens[ROWS_MAX], slots[ROWS_MAX];
     __shared__ float tops[WARPS][16][2];
     __shared__ int arrived;
     let_next_start();
@@ -378,7 +382,7 @@ decode(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
     for (int i = threadIdx.x; i < 16 * Q_STRIDE / 2; i += blockDim.x) ((u32 *)shared.q)[i] = 0;
     // In a graph, page table and lengths are older than all its kernels.
     if (!a.early) wait_for_previous();
-    Work work = divide(a, before);
+    Work work = divide(a, before, lens, slots);
     int warp = threadIdx.x / 32;
     if (warp == WARPS) {
         fetch_all(a, work, k_map, v_map, ring);
@@ -389,7 +393,7 @@ decode(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
     ring.skip(warp);
     int next = work.from + warp;
     for (int position = work.from; position < work.to;) {
-        Segment s = work.at(a, position);
+        Segment s = work.at(position);
         u32 q[DIM / 16][4];
         prepare_q(a, s, shared, q);
         Sums sums;

@@ -138,57 +138,63 @@ __device__ __forceinline__ void write_pair(float *to, float2 x) { *(float2 *)to 
 __device__ __forceinline__ void write_pair(bf16 *to, float2 x) { *(u32 *)to = pack(x.x, x.y); }
 
 // Per head: norm (a null weight skips it), rotation of element i with i + dim/2, K and V to their
-// pages, Q in place. qkv [tokens, (q + 2·kv)·dim]; rope [positions, dim]; a warp a head, a lane
-// pairs of elements.
-extern "C" __global__ void rope_store(T *qkv, int tokens, int q_heads, int kv_heads, int dim,
-                                      const float *q_weight, float q_eps, float q_shift,
-                                      const float *k_weight, float k_eps, float k_shift,
-                                      const float *rope, const int *positions, const int *store_at,
-                                      int page_size, T *k_pages, T *v_pages) {
+// pages, Q in place. qkv [tokens, (q + 2·kv)·dim]; rope [positions, dim]. A block a token, a warp
+// every eighth head, two at a time; a lane holds pairs of elements.
+struct RopeArgs {
+    T *qkv; T *k_pages; T *v_pages;
+    const float *q_weight; const float *k_weight; const float *rope;
+    const int *positions; const int *store_at;
+    int q_heads, kv_heads, dim, page_size;
+    float q_eps, q_shift, k_eps, k_shift;
+};
+extern "C" __global__ void __launch_bounds__(256) rope_store(const RopeArgs a) {
     let_next_start();
     wait_for_previous();
-    int heads = q_heads + 2 * kv_heads;
-    int index = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x & 31;
-    if (index >= tokens * heads) return;
-    int token = index / heads, head = index % heads;
-    T *x = qkv + (long long)index * dim, *page = nullptr;
-    bool is_value = head >= q_heads + kv_heads;
-    if (head >= q_heads) {
-        int slot = store_at[token], kv_head = (head - q_heads) % kv_heads;
-        if (slot < 0) return;
-        page = (is_value ? v_pages : k_pages) +
-               (((long long)(slot / page_size) * kv_heads + kv_head) * page_size + slot % page_size) * dim;
-    }
-    const float *weight = page ? k_weight : q_weight;
-    float eps = page ? k_eps : q_eps, shift = page ? k_shift : q_shift, scale = 1.f, squares = 0.f;
-    int half = dim / 2;
-    float2 low[2], high[2];
+    int token = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x & 31, half = a.dim / 2;
+    int heads = a.q_heads + 2 * a.kv_heads, slot = a.store_at[token];
+    T *all = a.qkv + (long long)token * heads * a.dim;
+    const float *angles = a.rope + (long long)a.positions[token] * a.dim;
+    float2 cosines[2], sines[2];
 #pragma unroll
     for (int j = 0; j < 2; j++) {
         int i = 2 * (lane + 32 * j);
-        low[j] = high[j] = make_float2(0.f, 0.f);
-        if (i < half) low[j] = read_pair(x + i), high[j] = read_pair(x + i + half);
-        squares += low[j].x * low[j].x + low[j].y * low[j].y + high[j].x * high[j].x + high[j].y * high[j].y;
+        if (i < half) cosines[j] = read_pair(angles + i), sines[j] = read_pair(angles + i + half);
     }
-    if (weight && !is_value) scale = rsqrtf(warp_sum(squares) / dim + eps);
-    const float *angles = rope + (long long)positions[token] * dim;
-    T *to = page ? page : x;
+#pragma unroll 2
+    for (int head = warp; head < heads; head += 8) {
+        bool is_key = head >= a.q_heads, is_value = head >= a.q_heads + a.kv_heads;
+        T *x = all + head * a.dim, *to = x;
+        if (is_key && slot < 0) break;
+        if (is_key) {
+            int kv_head = (head - a.q_heads) % a.kv_heads;
+            long long page = (long long)(slot / a.page_size) * a.kv_heads + kv_head;
+            to = (is_value ? a.v_pages : a.k_pages) + (page * a.page_size + slot % a.page_size) * a.dim;
+        }
+        const float *weight = is_value ? nullptr : is_key ? a.k_weight : a.q_weight;
+        float2 low[2], high[2];
+        float squares = 0.f, scale = 1.f, shift = is_key ? a.k_shift : a.q_shift;
 #pragma unroll
-    for (int j = 0; j < 2; j++) {
-        int i = 2 * (lane + 32 * j);
-        if (i >= half) break;
-        float2 a = low[j], b = high[j];
-        if (!is_value) {
+        for (int j = 0; j < 2; j++) {
+            int i = 2 * (lane + 32 * j);
+            low[j] = high[j] = make_float2(0.f, 0.f);
+            if (i < half) low[j] = read_pair(x + i), high[j] = read_pair(x + i + half);
+            squares += low[j].x * low[j].x + low[j].y * low[j].y + high[j].x * high[j].x + high[j].y * high[j].y;
+        }
+        if (weight) scale = rsqrtf(warp_sum(squares) / a.dim + (is_key ? a.k_eps : a.q_eps));
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            int i = 2 * (lane + 32 * j);
+            if (i >= half) break;
+            float2 l = low[j], h = high[j], c = cosines[j], s = sines[j];
             if (weight) {
                 float2 w = read_pair(weight + i), v = read_pair(weight + i + half);
-                a.x *= scale * (w.x + shift), a.y *= scale * (w.y + shift);
-                b.x *= scale * (v.x + shift), b.y *= scale * (v.y + shift);
+                l.x *= scale * (w.x + shift), l.y *= scale * (w.y + shift);
+                h.x *= scale * (v.x + shift), h.y *= scale * (v.y + shift);
             }
-            float2 c = read_pair(angles + i), s = read_pair(angles + i + half), from = a;
-            a.x = a.x * c.x - b.x * s.x, a.y = a.y * c.y - b.y * s.y;
-            b.x = b.x * c.x + from.x * s.x, b.y = b.y * c.y + from.y * s.y;
+            if (is_value) c = make_float2(1.f, 1.f), s = make_float2(0.f, 0.f);
+            write_pair(to + i, make_float2(l.x * c.x - h.x * s.x, l.y * c.y - h.y * s.y));
+            write_pair(to + i + half, make_float2(h.x * c.x + l.x * s.x, h.y * c.y + l.y * s.y));
         }
-        write_pair(to + i, a), write_pair(to + i + half, b);
     }
 }
 

@@ -42,6 +42,12 @@ __device__ __forceinline__ void fetch_box(u32 to, const TensorMap &map, u32 barr
                  "[%0], [%1, {%3, %4}], [%2];"
                  :: "r"(to), "l"(&map), "r"(barrier), "r"(x), "r"(y) : "memory");
 }
+// The box of all parts of 64 columns, from row `y` on: a part behind the other.
+__device__ __forceinline__ void fetch_parts(u32 to, const TensorMap &map, u32 barrier, int y) {
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes "
+                 "[%0], [%1, {%3, %4, %3}], [%2];"
+                 :: "r"(to), "l"(&map), "r"(barrier), "r"(0), "r"(y) : "memory");
+}
 
 // A factor in shared memory: rows of 128 bytes in the 128-byte swizzle, groups of 8 rows behind one
 // another. `columns_apart`: bytes between blocks of 64 columns, where the columns are not summed over.

@@ -5,7 +5,7 @@ use minisgl_tensor::{Attention, BackendError, DType, Heads, Result, RopeStore, T
 use crate::backend::CudaBackend;
 use crate::device::{Launch, address_of};
 use crate::kernels::Module;
-use crate::tiles::{Matrix, TensorMap};
+use crate::tiles::Matrix;
 
 /// As `Args` in `kernels/attention.cu`.
 #[repr(C)]
@@ -155,7 +155,7 @@ impl CudaBackend {
     fn prefill(&self, a: &Attention<'_>, args: &Args, rows: usize) -> Result<()> {
         let heads = a.heads;
         let cache_rows = a.kv.k.elements() / heads.dim;
-        let (k, v) = (page_map(&a.kv.k, a, 128)?, page_map(&a.kv.v, a, 128)?);
+        let (k, v) = (page_matrix(&a.kv.k, a, 128).map()?, page_matrix(&a.kv.v, a, 128).map()?);
         let pairs = a.batch.extend_len_max.max(1) * (heads.q / heads.kv);
         let items = pairs.div_ceil(PAIRS) * rows * heads.kv;
         let (rows, items_i32, nowhere) = (rows as i32, items as i32, cache_rows as i32);
@@ -187,18 +187,13 @@ impl CudaBackend {
 }
 
 /// K or V as the bulk copy engine sees it: boxes of a page, or of so many of its rows.
-pub(crate) fn page_map(
-    pages: &Tensor,
-    a: &Attention<'_>,
-    box_rows_max: usize,
-) -> Result<TensorMap> {
+pub(crate) fn page_matrix(pages: &Tensor, a: &Attention<'_>, box_rows_max: usize) -> Matrix {
     Matrix {
         address: pages.address(),
         rows: pages.elements() / a.heads.dim,
         cols: a.heads.dim,
         box_rows: a.batch.page_size.min(box_rows_max),
     }
-    .map()
 }
 
 /// (token, head of the group) pairs that `kernels/prefill.cu` takes at once.

@@ -2,7 +2,7 @@
 
 use minisgl_tensor::{Attention, DType, Heads, Result, RopeStore, Tensor};
 
-use crate::attention::page_map;
+use crate::attention::page_matrix;
 use crate::backend::{CudaBackend, norm_args};
 use crate::device::{Launch, address_of, fail};
 use crate::kernels::Module;
@@ -17,7 +17,6 @@ struct Args {
     slots: u64,
     kv_len: u64,
     page_table: u64,
-    positions: u64,
     store_at: u64,
     rope: u64,
     q_norm: u64,
@@ -50,7 +49,7 @@ const TILE_BYTES: usize = 128 << 10;
 const FEW_ROWS: usize = 16;
 const FEW_ROWS_TILE_BYTES: usize = 64 << 10;
 /// What a block can have, less what the kernel has of its own.
-const SHARED_BYTES: usize = 216 << 10;
+const SHARED_BYTES: usize = 208 << 10;
 
 /// A block's warps and shared memory.
 struct Block {
@@ -82,7 +81,7 @@ impl CudaBackend {
             && matches!(dim, 64 | 128 | 256)
             && q / kv <= 16
             && page_size.is_power_of_two()
-            && page_size >= 8
+            && page_size >= TILE
             && a.batch.decode_rows <= ROWS_MAX
             && Block::new(a.heads, a.batch.decode_rows).is_some()
     }
@@ -109,7 +108,6 @@ impl CudaBackend {
             slots: batch.slots.address(),
             kv_len: batch.kv_len.address(),
             page_table: batch.page_table.address(),
-            positions: batch.positions.address(),
             store_at: batch.store_at.address(),
             rope: store.rope.address(),
             q_norm,
@@ -135,7 +133,8 @@ impl CudaBackend {
         let halves = if group <= 8 { 1 } else { 2 };
         let defines = [("DIM", dim as i32), ("HALVES", halves)];
         let function = self.kernels.get(Module::Decode, &defines, "decode")?;
-        let (k, v) = (page_map(&a.kv.k, a, TILE)?, page_map(&a.kv.v, a, TILE)?);
+        let map = |pages| page_matrix(pages, a, TILE).map_parts();
+        let (k, v) = (map(&a.kv.k)?, map(&a.kv.v)?);
         let shape = Launch { grid: [blocks, 1, 1], threads: 32 * (warps + 1), shared, cluster: 1 };
         let mut words = [address_of(&k), address_of(&v), address_of(&args)];
         // SAFETY: the kernel's parameters in order; the maps cover the cache, the rest is the step's.

@@ -3,7 +3,8 @@
 use minisgl_tensor::{BackendError, Result, RopeStore, Tensor};
 
 use crate::backend::{CudaBackend, norm_args};
-use crate::device::{Launch, args};
+use crate::device::Launch;
+use crate::kernels::Module;
 
 impl CudaBackend {
     /// The tokens from `first` on.
@@ -23,31 +24,50 @@ impl CudaBackend {
         if tokens == 0 {
             return Ok(());
         }
-        let rest = |all: &Tensor| all.rows(first..batch.tokens);
-        let (q, q_eps, q_shift) = norm_args(a.q_norm);
-        let (k, k_eps, k_shift) = norm_args(a.k_norm);
-        self.simple(
-            "rope_store",
-            Launch::new((tokens * (heads.q + 2 * heads.kv)).div_ceil(4), 128),
-            args![
-                &rest(qkv),
-                tokens,
-                heads.q,
-                heads.kv,
-                heads.dim,
-                q,
-                q_eps,
-                q_shift,
-                k,
-                k_eps,
-                k_shift,
-                a.rope,
-                &rest(&batch.positions),
-                &rest(&batch.store_at),
-                batch.page_size,
-                &a.kv.k,
-                &a.kv.v
-            ],
-        )
+        let rest = |all: &Tensor| all.rows(first..batch.tokens).address();
+        let (q_weight, q_eps, q_shift) = norm_args(a.q_norm);
+        let (k_weight, k_eps, k_shift) = norm_args(a.k_norm);
+        let args = Args {
+            qkv: rest(qkv),
+            k_pages: a.kv.k.address(),
+            v_pages: a.kv.v.address(),
+            q_weight,
+            k_weight,
+            rope: a.rope.address(),
+            positions: rest(&batch.positions),
+            store_at: rest(&batch.store_at),
+            q_heads: heads.q as i32,
+            kv_heads: heads.kv as i32,
+            dim: heads.dim as i32,
+            page_size: batch.page_size as i32,
+            q_eps,
+            q_shift,
+            k_eps,
+            k_shift,
+        };
+        let function = self.kernels.get(Module::Elementwise, &[], "rope_store")?;
+        // SAFETY: `Args` has the kernel's layout; its addresses are the step's tensors.
+        unsafe { self.device.launch_struct(function, Launch::new(tokens, 256), &args) }
     }
+}
+
+/// As `RopeArgs` in `kernels/elementwise.cu`.
+#[repr(C)]
+struct Args {
+    qkv: u64,
+    k_pages: u64,
+    v_pages: u64,
+    q_weight: u64,
+    k_weight: u64,
+    rope: u64,
+    positions: u64,
+    store_at: u64,
+    q_heads: i32,
+    kv_heads: i32,
+    dim: i32,
+    page_size: i32,
+    q_eps: f32,
+    q_shift: f32,
+    k_eps: f32,
+    k_shift: f32,
 }

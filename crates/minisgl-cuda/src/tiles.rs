@@ -21,24 +21,35 @@ pub(crate) struct Matrix {
 impl Matrix {
     /// Boxes land in shared memory as rows of 128 bytes in the 128-byte swizzle.
     pub(crate) fn map(&self) -> Result<TensorMap> {
+        self.encode(&[self.cols, self.rows], &[self.cols * 2], &[64, self.box_rows])
+    }
+
+    /// A box is all columns of its rows: parts of 64 columns behind one another, each as `map`'s.
+    pub(crate) fn map_parts(&self) -> Result<TensorMap> {
+        let parts = self.cols / 64;
+        self.encode(&[64, self.rows, parts], &[self.cols * 2, 128], &[64, self.box_rows, parts])
+    }
+
+    /// Strides in bytes, of all dimensions but the first.
+    fn encode(&self, sizes: &[usize], strides: &[usize], extent: &[usize]) -> Result<TensorMap> {
         let mut map = TensorMap { opaque: [0; 16] };
-        let sizes = [self.cols as u64, self.rows as u64];
-        let stride = self.cols as u64 * 2;
-        let (extent, steps) = ([64, self.box_rows as u32], [1, 1]);
+        let wide = |values: &[usize]| values.iter().map(|x| *x as u64).collect::<Vec<_>>();
+        let (sizes, strides) = (wide(sizes), wide(strides));
+        let extent: Vec<u32> = extent.iter().map(|x| *x as u32).collect();
         // SAFETY: the arrays outlive the call; the driver checks what they say and only writes `map`.
         unsafe {
             sys::cuTensorMapEncodeTiled(
                 &raw mut map,
                 sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-                2,
+                sizes.len() as u32,
                 self.address as *mut c_void,
                 sizes.as_ptr(),
-                &raw const stride,
+                strides.as_ptr(),
                 extent.as_ptr(),
-                steps.as_ptr(),
+                [1; 3].as_ptr(),
                 sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
                 sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
-                sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+                sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                 sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
             )
         }

@@ -93,6 +93,7 @@ pub(crate) struct Stopwatch {
 
 impl Stopwatch {
     const FLUSH_BYTES: usize = 128 << 20;
+    const RUNS: usize = 7;
 
     pub(crate) fn new(device: &Arc<Device>) -> Result<Self> {
         let event = || {
@@ -110,9 +111,9 @@ impl Stopwatch {
         })
     }
 
-    /// The median of three times of `enqueue`, in milliseconds, each from memory and not the cache.
+    /// The median of some times of `enqueue`, in milliseconds, each from memory and not the cache.
     pub(crate) fn time(&self, mut enqueue: impl FnMut(sys::CUstream) -> Result<()>) -> Result<f32> {
-        let mut times = [0.0; 3];
+        let mut times = [0.0; Self::RUNS];
         for time in &mut times {
             // SAFETY: stream, events and memory live as long as `self`.
             unsafe {
@@ -130,7 +131,7 @@ impl Stopwatch {
             }
         }
         times.sort_by(f32::total_cmp);
-        times.get(1).copied().ok_or_else(|| fail("three times have a median"))
+        times.get(Self::RUNS / 2).copied().ok_or_else(|| fail("no times have no median"))
     }
 }
 
