@@ -8,7 +8,7 @@
 // shared memory. The other warps take the tiles in turn. Where a unit ends in a block, the warps' sums are
 // merged; where it is spread over several blocks, the last one to arrive merges theirs.
 // In shared memory: tiles [stage][K, V][part][16] of 128 bytes in the 128-byte swizzle, where a part is
-// 64 dimensions; q [16][DIM + 8]; the warps' sums [warp][group][DIM].
+// 64 dimensions; and in turn for units: q [2][16][DIM + 8], the warps' sums [2][warp][group][DIM].
 
 #define TILE 16
 // With 8 warps in all, a thread can have the registers that heads of 256 take.
@@ -17,7 +17,7 @@
 #define MATRIX_BYTES (TILE * DIM * 2)
 #define STAGE_BYTES (2 * MATRIX_BYTES)
 #define PAIRS_A_LANE (DIM / 128 + (DIM < 128))
-#define ROWS_MAX 1024
+#define ROWS_MAX 512
 #define Q_STRIDE (DIM + 8)
 
 struct Args {
@@ -134,37 +134,39 @@ __device__ __forceinline__ void fetch_all(const Args &a, const Work &work, const
 
 // A head's `DIM` numbers over a warp: lane l holds pairs l, l + 32, .. of the low half and of the high.
 struct Head {
-    float2 low[PAIRS_A_LANE], high[PAIRS_A_LANE];
+    float2 low[PAIRS_A_LANE], high[PAIRS_A_LANE], cosines[PAIRS_A_LANE], sines[PAIRS_A_LANE];
 
     static __device__ bool holds(int j) { return 2 * (int(threadIdx.x & 31) + 32 * j) < DIM / 2; }
     static __device__ int index(int j) { return 2 * ((threadIdx.x & 31) + 32 * j); }
 
-    __device__ void read(const bf16 *from) {
+    // Reads all that it needs before it computes; a null weight is no norm.
+    __device__ void read(const bf16 *from, const float *weight, float eps, float shift, const float *angles) {
+        float2 w_low[PAIRS_A_LANE], w_high[PAIRS_A_LANE];
+        float squares = 0.f;
 #pragma unroll
         for (int j = 0; j < PAIRS_A_LANE; j++) {
-            u32 l = 0, h = 0;
-            if (holds(j)) l = *(const u32 *)(from + index(j)), h = *(const u32 *)(from + index(j) + DIM / 2);
+            low[j] = high[j] = w_low[j] = w_high[j] = cosines[j] = sines[j] = make_float2(0.f, 0.f);
+            if (!holds(j)) continue;
+            int i = index(j);
+            u32 l = *(const u32 *)(from + i), h = *(const u32 *)(from + i + DIM / 2);
+            if (weight) w_low[j] = *(const float2 *)(weight + i), w_high[j] = *(const float2 *)(weight + i + DIM / 2);
+            cosines[j] = *(const float2 *)(angles + i), sines[j] = *(const float2 *)(angles + i + DIM / 2);
             low[j] = make_float2(low_half(l), high_half(l)), high[j] = make_float2(low_half(h), high_half(h));
         }
-    }
-    __device__ void norm(const float *weight, float eps, float shift) {
         if (!weight) return;
-        float squares = 0.f;
 #pragma unroll
         for (int j = 0; j < PAIRS_A_LANE; j++)
             squares += low[j].x * low[j].x + low[j].y * low[j].y + high[j].x * high[j].x + high[j].y * high[j].y;
         float factor = rsqrtf(warp_sum(squares) / DIM + eps);
 #pragma unroll
         for (int j = 0; j < PAIRS_A_LANE; j++) {
-            if (!holds(j)) continue;
-            float2 l = *(const float2 *)(weight + index(j)), h = *(const float2 *)(weight + index(j) + DIM / 2);
-            low[j].x *= factor * (l.x + shift), low[j].y *= factor * (l.y + shift);
-            high[j].x *= factor * (h.x + shift), high[j].y *= factor * (h.y + shift);
+            low[j].x *= factor * (w_low[j].x + shift), low[j].y *= factor * (w_low[j].y + shift);
+            high[j].x *= factor * (w_high[j].x + shift), high[j].y *= factor * (w_high[j].y + shift);
         }
     }
     // Packed as it is written: the low half's pair j, and the high half's.
-    __device__ uint2 rotated(const float *angles, int j) const {
-        float2 c = *(const float2 *)(angles + index(j)), s = *(const float2 *)(angles + index(j) + DIM / 2);
+    __device__ uint2 rotated(int j) const {
+        float2 c = cosines[j], s = sines[j];
         return make_uint2(pack(low[j].x * c.x - high[j].x * s.x, low[j].y * c.y - high[j].y * s.y),
                           pack(high[j].x * c.x + low[j].x * s.x, high[j].y * c.y + low[j].y * s.y));
     }
@@ -191,19 +193,22 @@ __device__ __forceinline__ void add_token(const Args &a, const Segment &s, u32 t
     const bf16 *v = k + a.kv_heads * DIM;
     long long to = (((long long)(slot >> a.page_shift) * a.kv_heads + s.kv_head << a.page_shift) + (slot & (1 << a.page_shift) - 1)) * DIM;
     Head head;
-    head.read(k);
-    head.norm(a.k_norm, a.k_eps, a.k_shift);
+    u32 value[PAIRS_A_LANE][2] = {};
+#pragma unroll
+    for (int j = 0; j < PAIRS_A_LANE; j++)
+        if (Head::holds(j)) value[j][0] = *(const u32 *)(v + Head::index(j)), value[j][1] = *(const u32 *)(v + Head::index(j) + DIM / 2);
+    head.read(k, a.k_norm, a.k_eps, a.k_shift, a.rope + (long long)(s.kv_len - 1) * DIM);
 #pragma unroll
     for (int j = 0; j < PAIRS_A_LANE; j++) {
         if (!Head::holds(j)) continue;
-        uint2 x = head.rotated(a.rope + (long long)(s.kv_len - 1) * DIM, j);
+        uint2 x = head.rotated(j);
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             int i = Head::index(j) + half * DIM / 2;
-            u32 value = *(const u32 *)(v + i), rotated = half ? x.y : x.x, at = tile + in_tile(row, i / 8) + i % 8 * 2;
+            u32 rotated = half ? x.y : x.x, at = tile + in_tile(row, i / 8) + i % 8 * 2;
             asm volatile("st.shared.u32 [%0], %1;" :: "r"(at), "r"(rotated) : "memory");
-            asm volatile("st.shared.u32 [%0], %1;" :: "r"(at + MATRIX_BYTES), "r"(value) : "memory");
-            if (slot >= 0) *(u32 *)(a.k_pages + to + i) = rotated, *(u32 *)(a.v_pages + to + i) = value;
+            asm volatile("st.shared.u32 [%0], %1;" :: "r"(at + MATRIX_BYTES), "r"(value[j][half]) : "memory");
+            if (slot >= 0) *(u32 *)(a.k_pages + to + i) = rotated, *(u32 *)(a.v_pages + to + i) = value[j][half];
         }
     }
     for (int i = lane; i < (TILE - 1 - row) * (DIM / 8); i += 32) {
@@ -272,38 +277,43 @@ struct Sums {
     }
 };
 
+// Of units in turn, two of each: the next one's q is made while this one's tiles are summed.
 struct Shared {
     bf16 *q; float *sums;
-    float (*tops)[16][2];  // [warp][head]: best score, in powers of 2, and sum
+    float (*tops)[WARPS][16][2];  // [turn][warp][head]: best score, in powers of 2, and sum
     int *arrived;
 };
 
-// Normed and rotated, a warp a head, as the factors of products.
-__device__ __forceinline__ void prepare_q(const Args &a, const Segment &s, const Shared &shared, u32 (&q)[DIM / 16][4]) {
-    int warp = threadIdx.x / 32, lane = threadIdx.x & 31, group = a.q_heads / a.kv_heads;
+// The unit's q, normed and rotated, a warp a head.
+__device__ __forceinline__ void prepare_q(const Args &a, const Segment &s, bf16 *q) {
+    int warp = threadIdx.x / 32, group = a.q_heads / a.kv_heads;
     for (int i = warp; i < group; i += WARPS) {
         Head head;
-        head.read(a.qkv + ((long long)s.row * (a.q_heads + 2 * a.kv_heads) + s.kv_head * group + i) * DIM);
-        head.norm(a.q_norm, a.q_eps, a.q_shift);
+        const bf16 *from = a.qkv + ((long long)s.row * (a.q_heads + 2 * a.kv_heads) + s.kv_head * group + i) * DIM;
+        head.read(from, a.q_norm, a.q_eps, a.q_shift, a.rope + (long long)(s.kv_len - 1) * DIM);
 #pragma unroll
         for (int j = 0; j < PAIRS_A_LANE; j++) {
             if (!Head::holds(j)) continue;
-            uint2 x = head.rotated(a.rope + (long long)(s.kv_len - 1) * DIM, j);
-            *(u32 *)(shared.q + i * Q_STRIDE + Head::index(j)) = x.x;
-            *(u32 *)(shared.q + i * Q_STRIDE + Head::index(j) + DIM / 2) = x.y;
+            uint2 x = head.rotated(j);
+            *(u32 *)(q + i * Q_STRIDE + Head::index(j)) = x.x;
+            *(u32 *)(q + i * Q_STRIDE + Head::index(j) + DIM / 2) = x.y;
         }
     }
-    named_barrier(1, WARPS * 32);
-    // Heads behind the group hold what an earlier unit left, or zeros; nobody reads their sums.
-    u32 from = shared_address(shared.q + (lane & 15) * Q_STRIDE + (lane >> 4) * 8);
+}
+
+// As the factors of products. Rows behind the group are zeros.
+__device__ __forceinline__ void load_q(const bf16 *from, u32 (&q)[DIM / 16][4]) {
+    int lane = threadIdx.x & 31;
+    u32 address = shared_address(from + (lane & 15) * Q_STRIDE + (lane >> 4) * 8);
 #pragma unroll
-    for (int i = 0; i < DIM / 16; i++) load_matrices(q[i], from + i * 32);
+    for (int i = 0; i < DIM / 16; i++) load_matrices(q[i], address + i * 32);
 }
 
 // The warps' sums become the unit's: in `out`, or, of a part of a unit, in the block's place in `partial`.
-__device__ __forceinline__ void merge(const Args &a, const Work &work, const Segment &s, const Shared &shared, Sums &mine) {
+__device__ __forceinline__ void merge(const Args &a, const Work &work, const Segment &s, const Shared &shared, int turn, Sums &mine) {
     int warp = threadIdx.x / 32, lane = threadIdx.x & 31, g = lane / 4, t = lane & 3, group = a.q_heads / a.kv_heads;
     float scale = (a.soft_cap > 0.f ? 1.f : a.scale) * 1.4426950408889634f;
+    float *sums = shared.sums + turn * WARPS * group * DIM, (*tops)[16][2] = shared.tops[turn];
 #pragma unroll
     for (int h = 0; h < HALVES; h++) {
         float sum = mine.sum[h];
@@ -311,8 +321,8 @@ __device__ __forceinline__ void merge(const Args &a, const Work &work, const Seg
         sum += __shfl_xor_sync(~0u, sum, 2);
         int head = g + 8 * h;
         if (head >= group) continue;
-        if (t == 0) shared.tops[warp][head][0] = mine.top[h] * scale, shared.tops[warp][head][1] = sum;
-        float *to = shared.sums + (warp * group + head) * DIM + 2 * t;
+        if (t == 0) tops[warp][head][0] = mine.top[h] * scale, tops[warp][head][1] = sum;
+        float *to = sums + (warp * group + head) * DIM + 2 * t;
 #pragma unroll
         for (int j = 0; j < DIM / 8; j++) *(float2 *)(to + 8 * j) = make_float2(mine.o[j][2 * h], mine.o[j][2 * h + 1]);
     }
@@ -325,11 +335,11 @@ __device__ __forceinline__ void merge(const Args &a, const Work &work, const Seg
         int head = i / DIM;
         float best = -infinity(), total = 0.f, value = 0.f;
 #pragma unroll
-        for (int w = 0; w < WARPS; w++) best = fmaxf(best, shared.tops[w][head][0]);
+        for (int w = 0; w < WARPS; w++) best = fmaxf(best, tops[w][head][0]);
 #pragma unroll
         for (int w = 0; w < WARPS; w++) {
-            float factor = power_of_2(shared.tops[w][head][0] - best);
-            total += factor * shared.tops[w][head][1], value += factor * shared.sums[w * group * DIM + i];
+            float factor = power_of_2(tops[w][head][0] - best);
+            total += factor * tops[w][head][1], value += factor * sums[w * group * DIM + i];
         }
         if (whole) out[i] = from_float<bf16>(value / total);
         else {
@@ -351,12 +361,23 @@ __device__ __forceinline__ void merge(const Args &a, const Work &work, const Seg
     for (int i = threadIdx.x; i < group * DIM; i += WARPS * 32) {
         int head = i / DIM, at = head * (DIM + 2);
         float best = -infinity(), total = 0.f, value = 0.f;
-        for (int b = 0; b < blocks; b++) best = fmaxf(best, __ldcg(part(b) + at + DIM));
-#pragma unroll 4
-        for (int b = 0; b < blocks; b++) {
-            const float *from = part(b) + at;
-            float factor = power_of_2(__ldcg(from + DIM) - best);
-            total += factor * __ldcg(from + DIM + 1), value += factor * __ldcg(from + i % DIM);
+        for (int first = 0; first < blocks; first += 4) {
+            // What is read twice is left out by its factor of 0.
+            float top[4], sum[4], weighted[4], old = best;
+#pragma unroll
+            for (int b = 0; b < 4; b++) {
+                const float *from = part(min(first + b, blocks - 1)) + at;
+                top[b] = __ldcg(from + DIM), sum[b] = __ldcg(from + DIM + 1), weighted[b] = __ldcg(from + i % DIM);
+            }
+#pragma unroll
+            for (int b = 0; b < 4; b++) best = fmaxf(best, top[b]);
+            float shrink = power_of_2(old - best);
+            total *= shrink, value *= shrink;
+#pragma unroll
+            for (int b = 0; b < 4; b++) {
+                float factor = first + b < blocks ? power_of_2(top[b] - best) : 0.f;
+                total += factor * sum[b], value += factor * weighted[b];
+            }
         }
         out[i] = from_float<bf16>(value / total);
     }
@@ -368,18 +389,18 @@ decode(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
     extern __shared__ unsigned char memory[];
     __shared__ u64 barrier_words[2 * 32];
     __shared__ int before[ROWS_MAX + 1], lens[ROWS_MAX], slots[ROWS_MAX];
-    __shared__ float tops[WARPS][16][2];
+    __shared__ float tops[2][WARPS][16][2];
     __shared__ int arrived;
     let_next_start();
     u32 tiles = (shared_address(memory) + 1023) / 1024 * 1024, first_barrier = shared_address(barrier_words);
     unsigned char *behind = memory + (tiles - shared_address(memory)) + a.stages * STAGE_BYTES;
-    Shared shared = {(bf16 *)behind, (float *)(behind + 16 * Q_STRIDE * 2), tops, &arrived};
+    Shared shared = {(bf16 *)behind, (float *)(behind + 2 * 16 * Q_STRIDE * 2), tops, &arrived};
     Ring ring = {tiles, first_barrier, first_barrier + 8 * a.stages, a.stages};
     if (threadIdx.x == 0) {
         for (int i = 0; i < a.stages; i++) barrier_init(ring.full + 8 * i, 1), barrier_init(ring.free + 8 * i, 1);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
-    for (int i = threadIdx.x; i < 16 * Q_STRIDE / 2; i += blockDim.x) ((u32 *)shared.q)[i] = 0;
+    for (int i = threadIdx.x; i < 16 * Q_STRIDE; i += blockDim.x) ((u32 *)shared.q)[i] = 0;
     // In a graph, page table and lengths are older than all its kernels.
     if (!a.early) wait_for_previous();
     Work work = divide(a, before, lens, slots);
@@ -391,14 +412,22 @@ decode(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
     }
     wait_for_previous();
     ring.skip(warp);
-    int next = work.from + warp;
-    for (int position = work.from; position < work.to;) {
-        Segment s = work.at(position);
+    if (work.from == work.to) return;
+    int next = work.from + warp, turn = 0;
+    Segment s = work.at(work.from);
+    prepare_q(a, s, shared.q);
+    named_barrier(1, WARPS * 32);
+    for (int position = work.from; position < work.to; turn ^= 1) {
         u32 q[DIM / 16][4];
-        prepare_q(a, s, shared, q);
+        load_q(shared.q + turn * 16 * Q_STRIDE, q);
         Sums sums;
         sums.clear();
         int end = position + s.last - s.first;
+        Segment following = s;
+        if (end < work.to) {
+            following = work.at(end);
+            prepare_q(a, following, shared.q + (turn ^ 1) * 16 * Q_STRIDE);
+        }
         for (; next < end; next += WARPS, ring.skip(WARPS)) {
             int tile = s.first + next - position;
             u32 at = ring.memory + ring.stage * STAGE_BYTES;
@@ -408,7 +437,7 @@ decode(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
             __syncwarp();
             if ((threadIdx.x & 31) == 0) barrier_arrive(ring.free + 8 * ring.stage);
         }
-        merge(a, work, s, shared, sums);
-        position = end;
+        merge(a, work, s, shared, turn, sums);
+        position = end, s = following;
     }
 }

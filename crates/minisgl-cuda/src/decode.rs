@@ -41,15 +41,15 @@ struct Args {
 
 /// As in `kernels/decode.cu`.
 const TILE: usize = 16;
-const ROWS_MAX: usize = 1024;
+const ROWS_MAX: usize = 512;
 /// Tiles on their way.
-const TILE_BYTES: usize = 128 << 10;
+const TILE_BYTES: usize = 192 << 10;
 /// The same for up to so many rows, whose steps are short: the next kernel's blocks find room beside
 /// this one's.
 const FEW_ROWS: usize = 16;
 const FEW_ROWS_TILE_BYTES: usize = 64 << 10;
 /// What a block can have, less what the kernel has of its own.
-const SHARED_BYTES: usize = 208 << 10;
+const SHARED_BYTES: usize = 218 << 10;
 
 /// A block's warps and shared memory.
 struct Block {
@@ -62,13 +62,13 @@ impl Block {
     /// None where heads are too large for so many in a group.
     fn new(Heads { q, kv, dim }: Heads, rows: usize) -> Option<Self> {
         let warps = if dim <= 128 { 8 } else { 7 };
-        let behind = 16 * (dim + 8) * 2 + warps * (q / kv) * dim * 4 + 1024;
-        let bytes = if rows <= FEW_ROWS { FEW_ROWS_TILE_BYTES } else { TILE_BYTES };
+        let behind = 2 * (16 * (dim + 8) * 2 + warps * (q / kv) * dim * 4) + 1024;
+        let wanted = if rows <= FEW_ROWS { FEW_ROWS_TILE_BYTES } else { TILE_BYTES };
         let stage = 2 * TILE * dim * 2;
+        let bytes = wanted.max(stage * warps).min(SHARED_BYTES.checked_sub(behind)?);
         // A stage is always the same warp's: it knows by itself what became of the tile before.
-        let stages = warps * (bytes / stage / warps).max(1);
-        let shared = stages * stage + behind;
-        (shared <= SHARED_BYTES).then_some(Self { warps, stages, shared })
+        let stages = bytes / stage / warps * warps;
+        (stages > 0).then_some(Self { warps, stages, shared: stages * stage + behind })
     }
 }
 
