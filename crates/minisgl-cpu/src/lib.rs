@@ -4,13 +4,14 @@
 //! how the work is handed out), `kernels` (the products), `activations` (norm, 8-bit rounding),
 //! `attention`, `rope`, `moe`, `sample`; then what they stand on: `pool` (threads), `simd` (one
 //! vector vocabulary for all instruction sets), `memory` (the only place that turns addresses into
-//! slices), `quant` (GGML's block types in plain code). docs/cpu-kernels.md says why.
+//! slices), `quant` (GGML's block types in plain code). `limits` measures the machine. docs/cpu-kernels.md says why.
 
 mod activations;
 mod attention;
 mod backend;
 mod collective;
 mod kernels;
+pub mod limits;
 mod matrix;
 mod memory;
 mod moe;

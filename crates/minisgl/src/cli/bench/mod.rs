@@ -1,5 +1,6 @@
 //! `minisgl bench`
 
+mod limits;
 mod offline;
 mod steps;
 
@@ -15,6 +16,8 @@ pub struct BenchArgs {
 
 #[derive(Subcommand, Debug)]
 enum What {
+    /// What this machine can do at best: memory reads and products a second
+    Limits(limits::LimitsArgs),
     /// Many requests at once, token ids straight into the scheduler: the reference's benchmark
     Offline(Box<offline::OfflineArgs>),
     /// Decode steps of fixed batches and a prefill, on the bare engine
@@ -24,6 +27,7 @@ enum What {
 impl BenchArgs {
     pub(super) fn run(self) -> Result<()> {
         match self.what {
+            What::Limits(args) => args.run(),
             What::Offline(args) => args.run(),
             What::Steps(args) => args.run(),
         }
