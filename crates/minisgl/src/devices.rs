@@ -53,28 +53,29 @@ fn resolve(device: Device) -> Device {
 }
 
 fn open_ranks(device: Device, options: &RuntimeOptions) -> Result<Vec<RankDevices>> {
-    ensure!(options.tp > 0, "--tp 0: a model runs on at least one rank");
+    let ranks = options.tp.unwrap_or(1);
+    ensure!(ranks > 0, "--tp 0: a model runs on at least one rank");
     let precision = precision(options.dtype);
     match device {
-        Device::Cuda(_) if options.tp > 1 => {
-            bail!("--tp {}: there is no collective for several GPUs yet", options.tp)
+        Device::Cuda(_) if ranks > 1 => {
+            bail!("--tp {ranks}: there is no collective for several GPUs yet")
         }
         Device::Cuda(device) => {
             let backend = CudaBackend::new(CudaOptions { device, precision })?;
             Ok(vec![(Arc::new(backend), Arc::new(Alone))])
         }
         Device::Cpu | Device::Auto => {
-            let share = || (physical_cores() / options.tp).max(1);
+            let share = || (physical_cores() / ranks).max(1);
             let threads = Some(options.threads.unwrap_or_else(share));
             let cpu = CpuOptions { threads, precision, ..CpuOptions::default() };
             let backend = |_| CpuBackend::new(cpu.clone());
-            let backends = (0..options.tp).map(backend).collect::<Result<Vec<_>, _>>()?;
-            let ends: Vec<Arc<dyn Collective>> = match options.tp {
+            let backends = (0..ranks).map(backend).collect::<Result<Vec<_>, _>>()?;
+            let ends: Vec<Arc<dyn Collective>> = match ranks {
                 1 => vec![Arc::new(Alone)],
-                ranks => shared_memory_group(ranks, COLLECTIVE_TIMEOUT),
+                _ => shared_memory_group(ranks, COLLECTIVE_TIMEOUT),
             };
-            let ranks = backends.into_iter().zip(ends);
-            Ok(ranks.map(|(b, end)| (Arc::new(b) as Arc<dyn Backend>, end)).collect())
+            let devices = backends.into_iter().zip(ends);
+            Ok(devices.map(|(b, end)| (Arc::new(b) as Arc<dyn Backend>, end)).collect())
         }
     }
 }

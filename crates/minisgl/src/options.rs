@@ -43,16 +43,15 @@ pub struct RuntimeOptions {
     #[arg(long, default_value_t, help_heading = "Device")]
     pub device: Device,
 
-    /// Ranks that the model is split over
+    /// Ranks that the model is split over [default: 1]
     #[arg(
         long,
         visible_alias = "tp-size",
         visible_alias = "tensor-parallel-size",
-        default_value_t = 1,
         value_name = "RANKS",
         help_heading = "Device"
     )]
-    pub tp: usize,
+    pub tp: Option<usize>,
 
     /// CPU threads a rank [default: all physical cores, divided by the ranks]
     #[arg(long, help_heading = "Device")]

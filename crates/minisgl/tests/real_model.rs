@@ -1,0 +1,169 @@
+//! SmolLM2-135M-Instruct against what the Hugging Face implementation makes of the same weights,
+//! as `scripts/make_smollm2_reference.py` stored it. The model is found, or fetched, as the program
+//! does it.
+
+use std::collections::HashMap;
+
+use minisgl::llm::{Completion, GenerateParams, Llm, Prompt};
+use minisgl::options::{CacheType, Device, Dtype, RuntimeOptions};
+use minisgl_frontend::{Event, GenerateRequest};
+use minisgl_scheduler::plan::TokenLogprobs;
+use minisgl_scheduler::sampling::SamplingParams;
+use serde::Deserialize;
+use serde_json::json;
+
+#[derive(Deserialize)]
+struct Reference {
+    cases: Vec<Case>,
+}
+
+#[derive(Deserialize)]
+struct Case {
+    prompt: String,
+    prompt_ids: Vec<u32>,
+    answer_ids: Vec<u32>,
+    answer: String,
+    /// For the first tokens of the answer, the most likely ids and their log-probabilities.
+    logprobs: Vec<Vec<(u32, f32)>>,
+}
+
+fn cases() -> Vec<Case> {
+    let stored = include_str!("data/smollm2_reference.json");
+    serde_json::from_str::<Reference>(stored).unwrap().cases
+}
+
+/// The exact mode on the CPU; enough pages, and room for all at once.
+fn exact() -> RuntimeOptions {
+    RuntimeOptions {
+        device: Device::Cpu,
+        dtype: Dtype::Float32,
+        max_running_requests: Some(64),
+        num_pages: Some(1024),
+        page_size: Some(16),
+        max_seq_len_override: Some(512),
+        ..RuntimeOptions::default()
+    }
+}
+
+fn start(options: RuntimeOptions) -> Llm {
+    Llm::builder().options(options).build().unwrap()
+}
+
+fn greedy(max_tokens: u32) -> GenerateParams {
+    let sampling = SamplingParams { temperature: 0.0, max_tokens, ..SamplingParams::default() };
+    GenerateParams { sampling, ..GenerateParams::default() }
+}
+
+fn chat(text: &str) -> Prompt {
+    Prompt::Chat(vec![json!({"role": "user", "content": text})])
+}
+
+fn answers(llm: &Llm, params: &GenerateParams) -> Vec<Completion> {
+    llm.generate(cases().iter().map(|case| chat(&case.prompt)), params).unwrap()
+}
+
+#[test]
+fn chats_are_encoded_and_answered_as_the_reference_does() {
+    let llm = start(exact());
+    for (case, completion) in cases().iter().zip(answers(&llm, &greedy(48))) {
+        let prompt =
+            minisgl_frontend::Prompt::Chat(Box::new(minisgl_text::ChatRequest::new(vec![
+                json!({"role": "user", "content": case.prompt}),
+            ])));
+        assert_eq!(llm.frontend().encode(&prompt).unwrap(), case.prompt_ids, "{}", case.prompt);
+        assert_eq!(completion.token_ids, case.answer_ids, "{}", case.prompt);
+        assert_eq!(completion.text, case.answer);
+    }
+}
+
+/// Other ways to run the same requests.
+fn ways() -> Vec<(&'static str, RuntimeOptions)> {
+    vec![
+        ("no overlap", RuntimeOptions { disable_overlap: true, ..exact() }),
+        ("naive cache", RuntimeOptions { cache_type: CacheType::Naive, ..exact() }),
+        ("pages of 1", RuntimeOptions { page_size: Some(1), num_pages: Some(8192), ..exact() }),
+        ("pages of 64", RuntimeOptions { page_size: Some(64), ..exact() }),
+        ("chunks of 32", RuntimeOptions { max_prefill_length: Some(32), ..exact() }),
+        ("one at a time", RuntimeOptions { max_running_requests: Some(1), ..exact() }),
+        ("preempted", RuntimeOptions { num_pages: Some(26), ..exact() }),
+    ]
+}
+
+#[test]
+fn every_way_of_running_gives_the_same_tokens() {
+    let mut sampled = greedy(24);
+    sampled.sampling.temperature = 0.9;
+    sampled.sampling.top_k = 50;
+    sampled.sampling.top_p = 0.95;
+    sampled.seed = Some(17);
+    let expected: Vec<Vec<u32>> =
+        answers(&start(exact()), &sampled).into_iter().map(|done| done.token_ids).collect();
+    let cases = cases();
+    for (way, options) in ways() {
+        let llm = start(options);
+        for (case, done) in cases.iter().zip(answers(&llm, &greedy(48))) {
+            assert_eq!(done.token_ids, case.answer_ids, "{way}: {}", case.prompt);
+        }
+        // By now the prompts are in the cache, where there is one.
+        for (expected, done) in expected.iter().zip(answers(&llm, &sampled)) {
+            assert_eq!(&done.token_ids, expected, "{way}, sampled");
+        }
+        let preemptions = &llm.frontend().scheduler_stats().preemptions;
+        let preemptions = preemptions.load(std::sync::atomic::Ordering::Relaxed);
+        assert_eq!(way == "preempted", preemptions > 0, "{way}: {preemptions} preemptions");
+    }
+}
+
+#[test]
+fn a_crowd_changes_nothing() {
+    let llm = start(exact());
+    let cases = cases();
+    let crowd: Vec<&Case> = cases.iter().cycle().take(33).collect();
+    let done = llm.generate(crowd.iter().map(|case| chat(&case.prompt)), &greedy(48)).unwrap();
+    for (case, done) in crowd.iter().zip(&done) {
+        assert_eq!(done.token_ids, case.answer_ids, "{}", case.prompt);
+    }
+    assert!(done[cases.len()..].iter().any(|done| done.cached_tokens > 0));
+}
+
+/// The log-probabilities that the model gives the stored answers, token by token.
+fn forced(llm: &Llm, case: &Case) -> Vec<TokenLogprobs> {
+    let ids = [&case.prompt_ids[..], &case.answer_ids].concat();
+    let mut request = GenerateRequest::new(minisgl_frontend::Prompt::Tokens(ids));
+    request.params.max_tokens = 1;
+    request.prompt_logprobs = Some(20);
+    let mut generation = llm.frontend().submit(request).unwrap();
+    while let Some(event) = generation.blocking_recv() {
+        if let Event::Prompt { logprobs, .. } = event {
+            let answer = logprobs.into_iter().skip(case.prompt_ids.len());
+            return answer.map(|logprobs| logprobs.expect("only the first has none")).collect();
+        }
+    }
+    panic!("no log-probabilities came");
+}
+
+/// Mean and largest distance between our log-probabilities and the stored ones, of the tokens that
+/// the reference finds most likely.
+fn distance(llm: &Llm) -> (f32, f32) {
+    let mut distances = Vec::new();
+    for case in cases() {
+        for (ours, theirs) in forced(llm, &case).iter().zip(&case.logprobs) {
+            let ours: HashMap<u32, f32> = ours.top.iter().copied().collect();
+            let known = theirs.iter().filter_map(|(id, theirs)| Some((ours.get(id)?, theirs)));
+            distances.extend(known.map(|(ours, theirs)| (ours - theirs).abs()));
+        }
+    }
+    assert!(distances.len() > 1000, "only {} were compared", distances.len());
+    let mean = distances.iter().sum::<f32>() / distances.len() as f32;
+    (mean, distances.into_iter().fold(0.0, f32::max))
+}
+
+#[test]
+fn forced_answers_are_as_likely_as_the_reference_finds_them() {
+    let (mean, largest) = distance(&start(exact()));
+    eprintln!("float32: mean {mean:.6}, largest {largest:.6}");
+    assert!(mean < 1e-4 && largest < 1e-3, "float32: mean {mean}, largest {largest}");
+    let (mean, largest) = distance(&start(RuntimeOptions { dtype: Dtype::Auto, ..exact() }));
+    eprintln!("native: mean {mean:.4}, largest {largest:.4}");
+    assert!(mean < 0.05 && largest < 0.8, "native: mean {mean}, largest {largest}");
+}
