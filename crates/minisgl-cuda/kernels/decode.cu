@@ -11,8 +11,8 @@
 // 64 dimensions; and in turn for units: q [2][16][DIM + 8], the warps' sums [2][warp][group][DIM].
 
 #define TILE 16
-// With 8 warps in all, a thread can have the registers that heads of 256 take.
-#define WARPS (DIM <= 128 ? 8 : 7)
+// With 8 warps in all, a thread can have the registers that heads of 256 take, and on 10.0 all heads.
+#define WARPS (DIM <= 128 && __CUDA_ARCH__ < 1000 ? 8 : 7)
 #define PARTS (DIM / 64)
 #define MATRIX_BYTES (TILE * DIM * 2)
 #define STAGE_BYTES (2 * MATRIX_BYTES)

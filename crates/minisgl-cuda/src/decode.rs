@@ -51,7 +51,7 @@ const FEW_ROWS_TILE_BYTES: usize = 64 << 10;
 /// What a block can have, less what the kernel has of its own.
 const SHARED_BYTES: usize = 218 << 10;
 
-/// A block's warps and shared memory.
+/// A block's warps, as in `kernels/decode.cu`, and shared memory.
 struct Block {
     warps: usize,
     stages: usize,
@@ -60,8 +60,8 @@ struct Block {
 
 impl Block {
     /// None where heads are too large for so many in a group.
-    fn new(Heads { q, kv, dim }: Heads, rows: usize) -> Option<Self> {
-        let warps = if dim <= 128 { 8 } else { 7 };
+    fn new(Heads { q, kv, dim }: Heads, rows: usize, capability: (i32, i32)) -> Option<Self> {
+        let warps = if dim <= 128 && capability.0 < 10 { 8 } else { 7 };
         let behind = 2 * (16 * (dim + 8) * 2 + warps * (q / kv) * dim * 4) + 1024;
         let wanted = if rows <= FEW_ROWS { FEW_ROWS_TILE_BYTES } else { TILE_BYTES };
         let stage = 2 * TILE * dim * 2;
@@ -77,13 +77,14 @@ impl CudaBackend {
     pub(crate) fn takes_decode(&self, a: &Attention<'_>) -> bool {
         let (Heads { q, kv, dim }, page_size) = (a.heads, a.batch.page_size);
         !self.exact
-            && self.device.capability.0 >= 9
+            // 12.0 has too little shared memory.
+            && matches!(self.device.capability.0, 9 | 10)
             && matches!(dim, 64 | 128 | 256)
             && q / kv <= 16
             && page_size.is_power_of_two()
             && page_size >= TILE
             && a.batch.decode_rows <= ROWS_MAX
-            && Block::new(a.heads, a.batch.decode_rows).is_some()
+            && Block::new(a.heads, a.batch.decode_rows, self.device.capability).is_some()
     }
 
     /// The first `decode_rows` rows of a step, each of one token.
@@ -96,7 +97,7 @@ impl CudaBackend {
     ) -> Result<()> {
         let (batch, Heads { q, kv, dim }) = (a.batch, a.heads);
         let (rows, group, blocks) = (batch.decode_rows, q / kv, self.device.multiprocessors);
-        let Block { warps, stages, shared } = Block::new(a.heads, rows)
+        let Block { warps, stages, shared } = Block::new(a.heads, rows, self.device.capability)
             .ok_or_else(|| fail(format!("{:?} do not fit the decode kernel", a.heads)))?;
         let (q_norm, q_eps, q_shift) = norm_args(store.q_norm);
         let (k_norm, k_eps, k_shift) = norm_args(store.k_norm);
