@@ -42,6 +42,9 @@ struct Args {
 /// As in `kernels/decode.cu`.
 const TILE: usize = 16;
 const ROWS_MAX: usize = 512;
+/// With more rows than `FEW_ROWS`, merging larger groups costs more than this kernel gains (measured
+/// on an H200 with Qwen3-14B's groups of 5).
+const GROUP_MAX: usize = 4;
 /// Tiles on their way.
 const TILE_BYTES: usize = 192 << 10;
 /// The same for up to so many rows, whose steps are short: the next kernel's blocks find room beside
@@ -80,7 +83,7 @@ impl CudaBackend {
             // 12.0 has too little shared memory.
             && matches!(self.device.capability.0, 9 | 10)
             && matches!(dim, 64 | 128 | 256)
-            && q / kv <= 16
+            && (q / kv <= GROUP_MAX || a.batch.decode_rows <= FEW_ROWS && q / kv <= 16)
             && page_size.is_power_of_two()
             && page_size >= TILE
             && a.batch.decode_rows <= ROWS_MAX
