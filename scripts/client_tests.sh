@@ -15,6 +15,9 @@ export CLIENTS_RUN
 # Compiled Python lies there, too, and only the plugins of pytest that are named are loaded.
 export PYTHONPYCACHEPREFIX=$target/client-venvs/pycache PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
 
+# No client looks for anything outside of this machine.
+export LITELLM_LOCAL_MODEL_COST_MAP=True
+
 # Whatever happens to the tests, the servers that they started end: each has a file named after
 # its process id for as long as it runs.
 tests=

@@ -15,9 +15,10 @@ import sys
 
 import gguf
 import jinja2
-import tokenizers
 import torch
 import transformers
+
+from smollm2_tokenizer import field, load_tokenizer
 
 OUT = pathlib.Path(__file__).parent.parent / "crates/minisgl/tests/data/smollm2_reference.json"
 NEW_TOKENS = 48
@@ -44,30 +45,6 @@ PROMPTS = [
     "一年有几个月？",
     "  Spaces   and\ttabs\n\n\nand newlines, don't we'll I'm?!  ",
 ]
-
-
-def field(reader, name):
-    return reader.fields[name].contents()
-
-
-def load_tokenizer(reader):
-    """The tokenizer of SmolLM2: digits alone, then byte-level BPE."""
-    tokens = field(reader, "tokenizer.ggml.tokens")
-    types = field(reader, "tokenizer.ggml.token_type")
-    merges = [tuple(merge.split(" ")) for merge in field(reader, "tokenizer.ggml.merges")]
-    tokenizer = tokenizers.Tokenizer(
-        tokenizers.models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges)
-    )
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
-        [
-            tokenizers.pre_tokenizers.Digits(individual_digits=True),
-            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    control = [token for token, kind in zip(tokens, types) if kind == gguf.TokenType.CONTROL]
-    tokenizer.add_special_tokens(control)
-    return tokenizer
 
 
 @torch.no_grad()

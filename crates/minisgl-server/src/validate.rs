@@ -191,9 +191,10 @@ pub fn length(
         return Ok(());
     }
     let param = if prompt_len >= len_max { prompt } else { "max_tokens" };
+    // OpenAI's words: clients look for them where they do not look at the code.
     let message = format!(
-        "at most {len_max} tokens fit, and the prompt has {prompt_len} and the answer may have \
-         {max_tokens}"
+        "this model's maximum context length is {len_max} tokens, and the prompt has {prompt_len} \
+         and the answer may have {max_tokens}"
     );
     Err(ApiError::invalid(param, message).with_code("context_length_exceeded"))
 }
