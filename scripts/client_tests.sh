@@ -64,7 +64,7 @@ for folder in clients/*/; do
         continue
     fi
     echo "-- $folder"
-    "$venv/bin/python" -m pytest -q -p no:cacheprovider --durations=5 "$folder" "$@" &
+    "$venv/bin/python" -m pytest -q -p no:cacheprovider --disable-warnings --durations=5 "$folder" "$@" &
     tests=$!
     code=0
     wait "$tests" || code=$?
