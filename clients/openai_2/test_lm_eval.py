@@ -9,10 +9,7 @@ import sys
 
 import pytest
 import server as servers
-from server import MODEL, ROOT
-
-sys.path.insert(0, str(ROOT / "scripts"))
-import smollm2_tokenizer  # noqa: E402
+from server import MODEL
 
 TASKS = pathlib.Path(__file__).parent / "tasks"
 # Of a continuation's log-likelihood, a sum over its tokens in float32.
@@ -23,13 +20,6 @@ TOLERANCE = 0.002
 def exact():
     with servers.minisgl("--dtype", "float32") as server:
         yield server
-
-
-@pytest.fixture(scope="module")
-def tokenizer(exact, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    smollm2_tokenizer.write_folder(exact.get("/model_info")["model_path"], folder)
-    return folder
 
 
 def evaluate(server, tokenizer, task, tmp_path):
