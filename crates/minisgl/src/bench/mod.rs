@@ -1,5 +1,7 @@
-//! Benchmarks: the reference's workload, through the scheduler or as single steps.
+//! Benchmarks: the reference's workload, through the scheduler or as single steps; a load on a
+//! server.
 
+pub mod load;
 mod offline;
 mod python_random;
 mod steps;

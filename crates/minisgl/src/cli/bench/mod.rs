@@ -2,6 +2,7 @@
 
 mod limits;
 mod offline;
+mod serve;
 mod steps;
 
 use anyhow::Result;
@@ -20,6 +21,8 @@ enum What {
     Limits(limits::LimitsArgs),
     /// Many requests at once, token ids straight into the scheduler: the reference's benchmark
     Offline(Box<offline::OfflineArgs>),
+    /// A load on a server: TTFT, inter-token and end-to-end times, throughput
+    Serve(Box<serve::LoadArgs>),
     /// Decode steps of fixed batches and a prefill, on the bare engine
     Steps(Box<steps::StepsArgs>),
 }
@@ -29,6 +32,7 @@ impl BenchArgs {
         match self.what {
             What::Limits(args) => args.run(),
             What::Offline(args) => args.run(),
+            What::Serve(args) => args.run(),
             What::Steps(args) => args.run(),
         }
     }
