@@ -22,20 +22,21 @@ START_TIMEOUT_S = 120
 
 
 class Server:
-    """A process that serves HTTP on a free loopback port, which it names on standard error."""
+    """A process that serves HTTP on a loopback port, and says on which, behind the words given."""
 
-    def __init__(self, command):
+    def __init__(self, command, words="http://"):
         self.process = subprocess.Popen(
             [str(part) for part in command],
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             text=True,
         )
         # Should these tests be killed, the script that runs them ends whoever has a file here.
         self.pid_file = RUN / f"{self.process.pid}.pid"
         self.pid_file.touch()
         self.said = []
+        self.words = re.compile(words + r"([\d.]+:\d+)")
         self.address = None
         self.has_address = threading.Event()
         threading.Thread(target=self._listen, daemon=True).start()
@@ -44,9 +45,9 @@ class Server:
             raise RuntimeError(f"{command[0]} did not start:\n" + "".join(self.said))
 
     def _listen(self):
-        for line in self.process.stderr:
+        for line in self.process.stdout:
             self.said.append(line)
-            if self.address is None and (found := re.search(r"http://([\d.]+:\d+)", line)):
+            if self.address is None and (found := self.words.search(line)):
                 self.address = found[1]
                 self.has_address.set()
         self.has_address.set()
@@ -63,6 +64,14 @@ class Server:
         """The JSON at a path."""
         with urllib.request.urlopen(self.url + path, timeout=30) as response:
             return json.load(response)
+
+    def metric(self, name):
+        """The sum of a metric over its labels."""
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as response:
+            lines = response.read().decode().splitlines()
+        values = [line.rsplit(" ", 1) for line in lines if re.match(name + r"[{ ]", line)]
+        assert values, f"no metric {name}"
+        return sum(float(value) for _, value in values)
 
     def wait_until_idle(self, timeout_s=10):
         """Waits until no request runs or waits: what a client has left must not stay."""
