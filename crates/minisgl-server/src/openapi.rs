@@ -47,7 +47,9 @@ fn openapi(has_key: bool) -> Value {
     api.post::<NativeAnswer<'_>>("/generate", "Continue texts, in SGLang's form", Some(native));
     api.post::<Tokenized>("/tokenize", "Text or a chat to token ids", Some(tokenize));
     api.post::<Detokenized>("/detokenize", "Token ids to text", Some(detokenize));
-    api.post::<Flushed>("/flush_cache", "Empty the prefix cache of what no request uses", None);
+    let flush = "Empty the prefix cache of what no request uses";
+    api.post::<Flushed>("/flush_cache", flush, None);
+    api.get::<Flushed>("/flush_cache", flush);
     api.get::<ModelList<'_>>("/v1/models", "The models served");
     api.get::<ModelInfo<'_>>("/model_info", "About the model");
     api.get::<ServerInfo<'_>>("/server_info", "About the server");
@@ -80,7 +82,7 @@ impl Api {
     fn get<A: JsonSchema>(&mut self, path: &str, summary: &str) {
         let responses = self.responses::<A>(&["503"]);
         let operation = json!({"summary": summary, "responses": responses});
-        self.paths.insert(path.to_string(), json!({"get": operation}));
+        self.add(path, "get", operation);
     }
 
     fn post<A: JsonSchema>(&mut self, path: &str, summary: &str, body: Option<Value>) {
@@ -90,7 +92,11 @@ impl Api {
             let content = json!({"application/json": {"schema": schema}});
             operation["requestBody"] = json!({"required": true, "content": content});
         }
-        self.paths.insert(path.to_string(), json!({"post": operation}));
+        self.add(path, "post", operation);
+    }
+
+    fn add(&mut self, path: &str, method: &str, operation: Value) {
+        self.paths.entry(path).or_insert_with(|| json!({}))[method] = operation;
     }
 
     fn responses<A: JsonSchema>(&mut self, errors: &[&str]) -> Value {
@@ -129,6 +135,7 @@ impl Api {
             let scheme = json!({"key": {"type": "http", "scheme": "bearer"}});
             document["components"]["securitySchemes"] = scheme;
             document["security"] = json!([{"key": []}]);
+            document["paths"]["/health"]["get"]["security"] = json!([]);
         }
         document
     }

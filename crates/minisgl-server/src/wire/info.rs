@@ -149,6 +149,7 @@ pub struct TokenizeRequest {
     pub add_generation_prompt: Option<bool>,
     /// Report the tokens' texts as well.
     #[serde(deserialize_with = "or_null")]
+    #[schemars(with = "Option<bool>")]
     pub return_token_strs: bool,
 }
 
@@ -173,6 +174,7 @@ pub struct DetokenizeRequest {
     pub tokens: Vec<u32>,
     /// Leave special tokens out of the text.
     #[serde(default, deserialize_with = "or_null")]
+    #[schemars(with = "Option<bool>")]
     pub skip_special_tokens: bool,
 }
 

@@ -213,9 +213,11 @@ impl Usage {
 pub struct StreamOptions {
     /// End the stream with a chunk that has `usage` and no choices.
     #[serde(deserialize_with = "or_null")]
+    #[schemars(with = "Option<bool>")]
     pub include_usage: bool,
     /// Let every chunk have `usage`.
     #[serde(deserialize_with = "or_null")]
+    #[schemars(with = "Option<bool>")]
     pub continuous_usage_stats: bool,
 }
 

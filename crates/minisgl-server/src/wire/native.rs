@@ -15,12 +15,15 @@ pub struct NativeRequest {
     pub input_ids: Option<Prompts>,
     /// How.
     #[serde(deserialize_with = "or_null")]
+    #[schemars(with = "Option<NativeSampling>")]
     pub sampling_params: NativeSampling,
     /// Answer in server-sent events, each with all of the text so far.
     #[serde(deserialize_with = "or_null")]
+    #[schemars(with = "Option<bool>")]
     pub stream: bool,
     /// Report log-probabilities of the generated tokens.
     #[serde(deserialize_with = "or_null")]
+    #[schemars(with = "Option<bool>")]
     pub return_logprob: bool,
     /// Report the prompt's as well, from this token on; -1 for none.
     pub logprob_start_len: Option<i64>,
@@ -44,9 +47,11 @@ pub struct NativeSampling {
     pub stop_token_ids: Option<Vec<i64>>,
     /// Let what ended the choice be part of it.
     #[serde(deserialize_with = "or_null")]
+    #[schemars(with = "Option<bool>")]
     pub no_stop_trim: bool,
     /// Generate past the end-of-sequence token.
     #[serde(deserialize_with = "or_null")]
+    #[schemars(with = "Option<bool>")]
     pub ignore_eos: bool,
     /// Leave special tokens out of the text; the default.
     pub skip_special_tokens: Option<bool>,
