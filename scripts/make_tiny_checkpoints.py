@@ -7,8 +7,9 @@ Weights are not stored. Both sides compute them: element i of tensor `name` is
 
 times a scale by the tensor's kind (see `weights`). What is stored per model: `config.json` as
 transformers writes it, and `expected.json` with the tensors' names and shapes, a prompt, the
-tokens that greedy decoding adds to it, and log-softmax of every position's logits (float32,
-base64) as transformers computes them in float32.
+tokens that greedy decoding adds to it, log-softmax of every position's logits (float32, base64)
+as transformers computes them in float32, and how far transformers itself is from them in bfloat16:
+the largest difference over the largest magnitude.
 
 Run with: pip install torch transformers safetensors numpy; python scripts/make_tiny_checkpoints.py
 """
@@ -68,6 +69,9 @@ def models():
         rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=64))
     yield "llama-linear", llama(num_attention_heads=4, num_key_value_heads=4, head_dim=16,
         rope_parameters=dict(rope_type="linear", rope_theta=10000.0, factor=2.0))
+    yield "llama-dynamic", llama(num_attention_heads=4, num_key_value_heads=2, head_dim=32,
+        max_position_embeddings=24,
+        rope_parameters=dict(rope_type="dynamic", rope_theta=10000.0, factor=2.0))
     mistral = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=80, sliding_window=8)
     yield "mistral", hf.MistralForCausalLM(hf.MistralConfig(**{**COMMON, **mistral}))
     text = hf.MistralConfig(**{**COMMON, **mistral, "sliding_window": None})
@@ -90,16 +94,32 @@ def models():
         "tie_word_embeddings": True}))
 
 
+@torch.no_grad()
+def forward(model, ids, prompt_len):
+    """Logits of all positions. A dynamic rotation depends on how far the sequence had come when a
+    key was cached, so that such a model is run as in serving: the prompt, then token by token."""
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "dynamic":
+        return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+    cache, rows = hf.DynamicCache(), []
+    for part in [ids[:prompt_len]] + [[token] for token in ids[prompt_len:]]:
+        step = model(input_ids=torch.tensor([part]), past_key_values=cache, use_cache=True)
+        rows.append(step.logits[0])
+    return torch.cat(rows)
+
+
+def log_softmax(logits):
+    return torch.log_softmax(logits.double(), -1).float().numpy()
+
+
 def reference(model, prompt):
     ids = list(prompt)
-    with torch.no_grad():
-        for _ in range(32):
-            logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
-            ids.append(int(logits[-1].argmax()))
-        logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+    for _ in range(32):
+        ids.append(int(forward(model, ids, len(prompt))[-1].argmax()))
+    logits = forward(model, ids, len(prompt))
     margins = logits.topk(2).values
     print("  smallest margin", float((margins[:, 0] - margins[:, 1])[len(prompt) - 1:].min()))
-    return ids[len(prompt):], torch.log_softmax(logits.double(), -1).float().numpy()
+    return ids[len(prompt):], log_softmax(logits)
 
 
 def main():
@@ -116,15 +136,19 @@ def main():
                 shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}
             save_file({key: weights(key, shape) for key, shape in shapes.items()}, path,
                 metadata={"format": "pt"})
-            loaded = type(model).from_pretrained(
-                folder, dtype=torch.float32, attn_implementation="eager").eval()
-            tokens, logprobs = reference(loaded, prompt)
+            def load(dtype):
+                return type(model).from_pretrained(
+                    folder, dtype=dtype, attn_implementation="eager").eval()
+            tokens, logprobs = reference(load(torch.float32), prompt)
+            rounded = log_softmax(forward(load(torch.bfloat16), prompt + tokens, len(prompt)))
+            noise = float(np.abs(rounded - logprobs).max() / np.abs(logprobs).max())
+            print("  bfloat16 is off by", noise)
             out = OUT / name
             out.mkdir(parents=True, exist_ok=True)
             (out / "config.json").write_bytes(pathlib.Path(folder, "config.json").read_bytes())
         tensors = [[key, list(shape)] for key, shape in sorted(shapes.items())]
         expected = dict(transformers=hf.__version__, tensors=tensors, prompt=prompt,
-            tokens=tokens, logprobs=base64.b64encode(logprobs.tobytes()).decode())
+            tokens=tokens, bf16_noise=round(noise, 6), logprobs=base64.b64encode(logprobs.tobytes()).decode())
         (out / "expected.json").write_text(json.dumps(expected, separators=(",", ":")) + "\n")
 
 

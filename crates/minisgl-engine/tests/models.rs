@@ -6,18 +6,21 @@ mod reference;
 mod tiny;
 
 use std::sync::Arc;
+use std::time::Duration;
 
+use minisgl_cpu::{CpuBackend, CpuOptions};
 use minisgl_engine::{Checkpoint, EngineOptions, KvSize, LocalEngine};
 use minisgl_scheduler::engine::Engine;
 use minisgl_scheduler::plan::*;
 use minisgl_scheduler::sampling::SamplingParams;
-use minisgl_tensor::{Alone, Backend, Precision};
+use minisgl_tensor::{Backend, Collective, Precision};
 use tiny::Tiny;
 
-const ALL: [&str; 9] = [
+const ALL: [&str; 10] = [
     "llama",
     "llama-yarn",
     "llama-linear",
+    "llama-dynamic",
     "mistral",
     "mistral3",
     "qwen2",
@@ -26,9 +29,36 @@ const ALL: [&str; 9] = [
     "gemma3",
 ];
 
-fn options(page_size: usize) -> EngineOptions {
-    EngineOptions {
-        precision: Precision::Exact,
+/// What computes.
+#[derive(Clone, Copy, Debug)]
+enum On {
+    /// Plain loops.
+    Loops,
+    /// The backend that users run, in f32.
+    Cpu,
+    /// The same as it is by default: weights as stored, K and V in half precision.
+    CpuNative,
+}
+
+fn ranks(on: On, count: usize) -> Vec<(Arc<dyn Backend>, Arc<dyn Collective>)> {
+    let precision = match on {
+        On::Loops => {
+            let ranks = reference::group(count).into_iter();
+            return ranks.map(|(b, c)| (b as Arc<dyn Backend>, c)).collect();
+        }
+        On::Cpu => Precision::Exact,
+        On::CpuNative => Precision::Native,
+    };
+    let ends = minisgl_cpu::shared_memory_group(count, Duration::from_secs(60));
+    let options = CpuOptions { threads: Some(1), precision, ..CpuOptions::default() };
+    let backend = || Arc::new(CpuBackend::new(options.clone()).unwrap()) as Arc<dyn Backend>;
+    ends.into_iter().map(|end| (backend(), end)).collect()
+}
+
+fn engine(tiny: &Tiny, page_size: usize, on: On, count: usize) -> LocalEngine {
+    let checkpoint = Arc::new(Checkpoint::open(tiny.folder()).unwrap());
+    let options = EngineOptions {
+        precision: if matches!(on, On::CpuNative) { Precision::Native } else { Precision::Exact },
         page_size,
         kv_size: KvSize::Pages(160 / page_size),
         running_requests_max: 4,
@@ -36,19 +66,8 @@ fn options(page_size: usize) -> EngineOptions {
         step_tokens_max: 64,
         graph_batch_max: 0,
         dummy_weights: false,
-    }
-}
-
-fn engine(tiny: &Tiny, page_size: usize, ranks: usize) -> LocalEngine {
-    let checkpoint = Arc::new(Checkpoint::open(tiny.folder()).unwrap());
-    let ranks = match ranks {
-        1 => vec![(
-            Arc::new(reference::Reference::default()) as Arc<dyn Backend>,
-            Arc::new(Alone) as _,
-        )],
-        n => reference::group(n).into_iter().map(|(b, c)| (b as Arc<dyn Backend>, c)).collect(),
     };
-    LocalEngine::new(checkpoint, &options(page_size), ranks).unwrap()
+    LocalEngine::new(checkpoint, &options, ranks(on, count)).unwrap()
 }
 
 /// The request's pages are handed out backwards, so that none is where its number suggests.
@@ -163,10 +182,17 @@ fn generate(tiny: &Tiny, driver: &mut Driver, chunk: usize) -> Vec<u32> {
 fn logits_agree_with_the_stored_reference() {
     for name in ALL {
         let tiny = Tiny::load(name);
-        for (page_size, chunk) in [(1, 64), (16, 64), (16, 5)] {
-            let mut driver = Driver { engine: engine(&tiny, page_size, 1), step: 0 };
+        for (on, page_size, chunk) in [
+            (On::Loops, 1, 64),
+            (On::Loops, 16, 5),
+            (On::Cpu, 1, 64),
+            (On::Cpu, 16, 64),
+            (On::Cpu, 1, 5),
+            (On::Cpu, 16, 5),
+        ] {
+            let mut driver = Driver { engine: engine(&tiny, page_size, on, 1), step: 0 };
             let distance = distance(&teacher_forced(&tiny, &mut driver, chunk), &tiny.logprobs);
-            assert!(distance < 1e-4, "{name}, page {page_size}, chunk {chunk}: {distance}");
+            assert!(distance < 1e-4, "{name}, {on:?}, page {page_size}, chunk {chunk}: {distance}");
         }
     }
 }
@@ -175,11 +201,27 @@ fn logits_agree_with_the_stored_reference() {
 fn greedy_tokens_are_the_stored_ones() {
     for name in ALL {
         let tiny = Tiny::load(name);
-        for (page_size, chunk) in [(1, 64), (16, 6)] {
-            let mut driver = Driver { engine: engine(&tiny, page_size, 1), step: 0 };
+        for (on, page_size, chunk) in
+            [(On::Loops, 16, 6), (On::Cpu, 1, 64), (On::Cpu, 16, 64), (On::Cpu, 16, 6)]
+        {
+            let mut driver = Driver { engine: engine(&tiny, page_size, on, 1), step: 0 };
             let tokens = generate(&tiny, &mut driver, chunk);
-            assert_eq!(tokens, tiny.tokens, "{name}, page {page_size}, chunk {chunk}");
+            assert_eq!(tokens, tiny.tokens, "{name}, {on:?}, page {page_size}, chunk {chunk}");
         }
+    }
+}
+
+/// Weights rounded to bfloat16 and everything as users run it: no further from float32 than the
+/// reference itself in bfloat16.
+#[test]
+fn bf16_stays_within_the_noise_of_the_reference() {
+    for name in ALL {
+        let tiny = Tiny::load(name);
+        tiny.round_to_bf16();
+        let mut driver = Driver { engine: engine(&tiny, 16, On::CpuNative, 1), step: 0 };
+        let distance = distance(&teacher_forced(&tiny, &mut driver, 64), &tiny.logprobs);
+        assert!(distance <= tiny.bf16_noise, "{name}: {distance}, noise {}", tiny.bf16_noise);
+        assert!(distance > 0.0, "{name}: nothing was rounded");
     }
 }
 
@@ -187,13 +229,16 @@ fn greedy_tokens_are_the_stored_ones() {
 fn ranks_compute_what_one_computes() {
     for name in ALL {
         let tiny = Tiny::load(name);
-        let mut alone = Driver { engine: engine(&tiny, 16, 1), step: 0 };
-        let expected = teacher_forced(&tiny, &mut alone, 64);
-        for ranks in [2, 3, 4] {
-            let mut driver = Driver { engine: engine(&tiny, 16, ranks), step: 0 };
-            let distance = distance(&teacher_forced(&tiny, &mut driver, 64), &expected);
-            assert!(distance < 1e-5, "{name} over {ranks} ranks: {distance}");
-            assert_eq!(generate(&tiny, &mut driver, 6), tiny.tokens, "{name}, {ranks} ranks");
+        for (on, counts) in [(On::Loops, &[3][..]), (On::Cpu, &[2, 3, 4])] {
+            let mut alone = Driver { engine: engine(&tiny, 16, on, 1), step: 0 };
+            let expected = teacher_forced(&tiny, &mut alone, 64);
+            for count in counts {
+                let mut driver = Driver { engine: engine(&tiny, 16, on, *count), step: 0 };
+                let distance = distance(&teacher_forced(&tiny, &mut driver, 64), &expected);
+                assert!(distance < 1e-5, "{name}, {on:?} over {count} ranks: {distance}");
+                let tokens = generate(&tiny, &mut driver, 6);
+                assert_eq!(tokens, tiny.tokens, "{name}, {on:?}, {count} ranks");
+            }
         }
     }
 }

@@ -13,6 +13,9 @@ pub struct Tiny {
     pub tokens: Vec<u32>,
     /// `[positions][vocab]`: log-softmax over prompt and tokens.
     pub logprobs: Vec<Vec<f32>>,
+    /// How far the reference's own bfloat16 is from them: the largest difference over the largest
+    /// magnitude.
+    pub bf16_noise: f32,
 }
 
 impl Tiny {
@@ -35,12 +38,34 @@ impl Tiny {
             vocab,
             prompt: ids("prompt"),
             tokens: ids("tokens"),
+            bf16_noise: expected["bf16_noise"].as_f64().unwrap() as f32,
             logprobs: logprobs.chunks(vocab).map(<[f32]>::to_vec).collect(),
         }
     }
 
     pub fn folder(&self) -> &Path {
         &self.folder
+    }
+
+    /// Stores the weights in bfloat16, each rounded to the nearest.
+    pub fn round_to_bf16(&self) {
+        let path = self.folder.join("model.safetensors");
+        let file = std::fs::read(&path).unwrap();
+        let tensors = safetensors::SafeTensors::deserialize(&file).unwrap();
+        let rounded: Vec<(String, Vec<usize>, Vec<u8>)> = tensors
+            .iter()
+            .map(|(name, view)| {
+                let values: Vec<f32> = bytemuck::allocation::pod_collect_to_vec(view.data());
+                let round = |value: &f32| half::bf16::from_f32(*value).to_le_bytes();
+                (name.to_owned(), view.shape().to_vec(), values.iter().flat_map(round).collect())
+            })
+            .collect();
+        let views = rounded.iter().map(|(name, shape, data)| {
+            let dtype = safetensors::Dtype::BF16;
+            let view = safetensors::tensor::TensorView::new(dtype, shape.clone(), data).unwrap();
+            (name.as_str(), view)
+        });
+        safetensors::serialize_to_file(views, None, &path).unwrap();
     }
 }
 
