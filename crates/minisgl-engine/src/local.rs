@@ -1,9 +1,10 @@
 //! All ranks in this process, a thread each, as one engine.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
 use minisgl_scheduler::engine::{Engine, EngineError, EngineLimits};
@@ -16,6 +17,12 @@ use crate::options::EngineOptions;
 use crate::rank::{LoadedRank, Rank, RankDevices};
 use crate::sampler::Collected;
 use crate::shares::{Blocks, Shares};
+
+/// How often a caller that waits for rank 0 asks whether another rank has failed.
+const FAILURE_POLL: Duration = Duration::from_millis(50);
+
+/// How long ranks get to end after one of them has failed.
+const END_GRACE: Duration = Duration::from_secs(2);
 
 /// An engine of one or more ranks. All ranks compute the same tokens; rank 0's are reported.
 pub struct LocalEngine {
@@ -169,7 +176,7 @@ impl Engine for LocalEngine {
 
     fn wait(&mut self, in_flight: InFlight) -> Result<StepResult, EngineError> {
         let InFlight { plan, number, collected } = in_flight;
-        let collected = collected.recv().map_err(|_| self.failure.why(number))?;
+        let collected = self.collect(number, &collected)?;
         let result = collected.wait(&plan).map_err(|error| {
             self.failure.set(number, &error.to_string());
             self.failure.why(number)
@@ -184,11 +191,54 @@ impl Engine for LocalEngine {
     }
 }
 
+impl LocalEngine {
+    /// What rank 0 reports of a step. If it hangs it reports nothing, but then the others give up
+    /// on it in a collective.
+    fn collect(
+        &self,
+        number: u64,
+        collected: &Receiver<Collected>,
+    ) -> Result<Collected, EngineError> {
+        loop {
+            match collected.recv_timeout(FAILURE_POLL) {
+                Ok(collected) => return Ok(collected),
+                Err(RecvTimeoutError::Disconnected) => return Err(self.failure.why(number)),
+                Err(RecvTimeoutError::Timeout) => self.failure.check(number)?,
+            }
+        }
+    }
+
+    /// Waits for the ranks' threads, but not for one that hangs: it ends with the process.
+    fn end_failed(&mut self) {
+        self.ranks.iter_mut().for_each(|rank| drop(rank.steps.take()));
+        let deadline = Instant::now() + END_GRACE;
+        for (index, rank) in self.ranks.iter_mut().enumerate() {
+            while rank.is_running() && Instant::now() < deadline {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            if rank.is_running() {
+                tracing::error!("rank {index} hangs and is left behind");
+                rank.thread = None;
+            }
+        }
+    }
+}
+
 impl Drop for LocalEngine {
     fn drop(&mut self) {
         for cell in self.adjustments.iter().filter_map(Weak::upgrade) {
             cell.abandon();
         }
+        let failed = self.failure.first().is_some();
+        if failed {
+            self.end_failed();
+        }
+    }
+}
+
+impl RankThread {
+    fn is_running(&self) -> bool {
+        self.thread.as_ref().is_some_and(|thread| !thread.is_finished())
     }
 }
 
