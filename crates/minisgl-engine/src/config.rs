@@ -71,6 +71,7 @@ impl ModelConfig {
         )?;
         let fields = Fields { inner: config.get("text_config").unwrap_or(config), outer: config };
         let gemma = architecture == Architecture::Gemma3;
+        refuse_what_would_be_wrong(&fields, architecture)?;
         let hidden_size = fields.size("hidden_size")?;
         let q_heads = fields.size("num_attention_heads")?;
         let num_layers = fields.size("num_hidden_layers")?;
@@ -82,7 +83,7 @@ impl ModelConfig {
         let max_positions = fields.size("max_position_embeddings")?;
         let (rope, local_rope) = json_ropes(&fields, architecture, head_dim, max_positions)?;
         let (sliding_window, sliding_layers) = json_sliding(&fields, architecture, num_layers)?;
-        let query_scalar = fields.float("query_pre_attn_scalar").unwrap_or(256.0);
+        let query_scalar = fields.float("query_pre_attn_scalar")?.unwrap_or(256.0);
         let config = Self {
             architecture,
             vocab_size: fields.size("vocab_size")?,
@@ -92,13 +93,13 @@ impl ModelConfig {
             kv_heads: fields.maybe_size("num_key_value_heads")?.unwrap_or(q_heads),
             head_dim,
             intermediate_size: fields.size("intermediate_size")?,
-            norm_eps: fields.float("rms_norm_eps").unwrap_or(1e-6) as f32,
+            norm_eps: fields.float("rms_norm_eps")?.unwrap_or(1e-6) as f32,
             max_positions,
             rope,
             local_rope,
             activation: json_activation(&fields, gemma)?,
-            tie_embeddings: fields.bool("tie_word_embeddings").unwrap_or(gemma),
-            qkv_bias: fields.bool("attention_bias").unwrap_or(architecture == Architecture::Qwen2),
+            tie_embeddings: fields.bool("tie_word_embeddings")?.unwrap_or(gemma),
+            qkv_bias: architecture == Architecture::Qwen2,
             moe: match architecture {
                 Architecture::Qwen3Moe => Some(json_moe(&fields, num_layers)?),
                 _ => None,
@@ -106,8 +107,8 @@ impl ModelConfig {
             sliding_window,
             sliding_layers,
             attention_scale: if gemma { query_scalar } else { head_dim as f64 }.powf(-0.5) as f32,
-            attention_soft_cap: fields.float("attn_logit_softcapping").map(|cap| cap as f32),
-            logit_soft_cap: fields.float("final_logit_softcapping").map(|cap| cap as f32),
+            attention_soft_cap: fields.float("attn_logit_softcapping")?.map(|cap| cap as f32),
+            logit_soft_cap: fields.float("final_logit_softcapping")?.map(|cap| cap as f32),
             norm_plus_one: gemma,
             fp8_block: json_fp8_block(config)?,
         };
@@ -133,6 +134,8 @@ impl ModelConfig {
             None => fields.maybe_size("rope.dimension_count").unwrap_or(hidden_size / q_heads),
         };
         let (rope, local_rope) = fields.ropes(architecture, head_dim, max_positions)?;
+        // The file does not carry it. Gemma 3 27B, the one with 62 layers, divides otherwise.
+        let query_scalar = if gemma && num_layers == 62 { hidden_size / q_heads } else { head_dim };
         let tokens = metadata.strings("tokenizer.ggml.tokens").map_or(0, <[String]>::len);
         let moe = match architecture {
             Architecture::Qwen3Moe => Some(MoeConfig {
@@ -169,7 +172,7 @@ impl ModelConfig {
             } else {
                 Vec::new()
             },
-            attention_scale: (head_dim as f32).powf(-0.5),
+            attention_scale: (query_scalar as f32).powf(-0.5),
             attention_soft_cap: None,
             logit_soft_cap: None,
             // The converter to GGUF adds the 1 to the weights.
@@ -247,12 +250,39 @@ impl<'a> Fields<'a> {
         ))
     }
 
-    fn float(&self, name: &str) -> Option<f64> {
-        self.get(name)?.as_f64()
+    fn float(&self, name: &str) -> Result<Option<f64>> {
+        let number = |value: &Value| {
+            value.as_f64().with_context(|| format!("field {name:?} is {value}, not a number"))
+        };
+        self.get(name).map(number).transpose()
     }
 
-    fn bool(&self, name: &str) -> Option<bool> {
-        self.get(name)?.as_bool()
+    fn bool(&self, name: &str) -> Result<Option<bool>> {
+        let truth = |value: &Value| {
+            value.as_bool().with_context(|| format!("field {name:?} is {value}, not true or false"))
+        };
+        self.get(name).map(truth).transpose()
+    }
+}
+
+/// Fields that ask for what no layer here does: the model would answer, and wrongly.
+fn refuse_what_would_be_wrong(fields: &Fields<'_>, architecture: Architecture) -> Result<()> {
+    let refuse = |name: &str| match fields.bool(name)? {
+        Some(true) => bail!("field {name:?} is true, which is not supported"),
+        _ => Ok(()),
+    };
+    refuse("mlp_bias")?;
+    if architecture != Architecture::Qwen2 {
+        // It would also put a bias on the output projection.
+        refuse("attention_bias")?;
+    }
+    if let Some(share) = fields.float("partial_rotary_factor")? {
+        ensure!(share == 1.0, "field \"partial_rotary_factor\" is {share}, which is not supported");
+    }
+    let method = fields.get("quantization_config").map(|config| &config["quant_method"]);
+    match method.and_then(Value::as_str) {
+        None | Some("fp8" | "compressed-tensors") => Ok(()),
+        Some(other) => bail!("field \"quant_method\": {other:?} is not supported (fp8 is)"),
     }
 }
 
@@ -291,7 +321,7 @@ fn json_moe(fields: &Fields<'_>, num_layers: usize) -> Result<MoeConfig> {
         },
         num_experts_per_tok: fields.size("num_experts_per_tok")?,
         moe_intermediate_size: fields.size("moe_intermediate_size")?,
-        norm_topk_prob: fields.bool("norm_topk_prob").unwrap_or(false),
+        norm_topk_prob: fields.bool("norm_topk_prob")?.unwrap_or(false),
         sparse_layers: (0..num_layers.min(LAYERS_MAX))
             .map(|layer| !dense.contains(&layer) && (layer + 1).is_multiple_of(step))
             .collect(),
@@ -306,10 +336,20 @@ fn json_sliding(
     let num_layers = num_layers.min(LAYERS_MAX);
     let window = fields.maybe_size("sliding_window")?;
     // Qwen carries a window in its config and says beside it whether it is used.
-    let window = window.filter(|_| fields.bool("use_sliding_window").unwrap_or(true));
+    let used = fields.bool("use_sliding_window")?.unwrap_or(true);
+    let window = window.filter(|_| used);
     if let Some(types) = fields.get("layer_types").and_then(Value::as_array) {
-        let sliding = types.iter().map(|kind| kind == "sliding_attention").collect();
-        return Ok((window, sliding));
+        ensure!(
+            types.len() == num_layers,
+            "field \"layer_types\" names {} layers of {num_layers}",
+            types.len()
+        );
+        let slides = |kind: &Value| match kind.as_str() {
+            Some("sliding_attention") => Ok(true),
+            Some("full_attention") => Ok(false),
+            _ => bail!("field \"layer_types\": {kind} is not supported"),
+        };
+        return Ok((window, types.iter().map(slides).collect::<Result<_>>()?));
     }
     let layers = match architecture {
         Architecture::Gemma3 => {
@@ -338,7 +378,7 @@ fn json_ropes(
     max_positions: usize,
 ) -> Result<(RopeConfig, Option<RopeConfig>)> {
     let gemma = architecture == Architecture::Gemma3;
-    let base = fields.float("rope_theta");
+    let base = fields.float("rope_theta")?;
     let rope = |parameters: Option<&Value>, default_base: f64| -> Result<RopeConfig> {
         let inner = parameters.and_then(|p| p.get("rope_theta")).and_then(Value::as_f64);
         let scaling = match parameters {
@@ -357,7 +397,7 @@ fn json_ropes(
     let default_base = base.unwrap_or(if gemma { 1e6 } else { 10_000.0 });
     let global = rope(new.or(fields.get("rope_scaling")), default_base)?;
     let local = match gemma {
-        true => Some(rope(None, fields.float("rope_local_base_freq").unwrap_or(10_000.0))?),
+        true => Some(rope(None, fields.float("rope_local_base_freq")?.unwrap_or(10_000.0))?),
         false => None,
     };
     Ok((global, local))
@@ -369,7 +409,7 @@ fn json_scaling(p: &Value, fields: &Fields<'_>, max_positions: usize) -> Result<
         number(name).with_context(|| format!("rope scaling: field {name:?} is missing"))
     };
     let original = number("original_max_position_embeddings")
-        .or(fields.float("original_max_position_embeddings"));
+        .or(fields.float("original_max_position_embeddings")?);
     let kind = p.get("rope_type").or(p.get("type")).and_then(Value::as_str).unwrap_or("default");
     Ok(match kind {
         "default" => RopeScaling::None,
