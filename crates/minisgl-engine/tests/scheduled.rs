@@ -142,24 +142,45 @@ fn tokens_do_not_depend_on_how_steps_are_cut() {
     assert!(preemptions > 0, "the tight pool is meant to be too small");
 }
 
+/// The prompt's pages are taken from the cache the second time, and chunks end anywhere in them.
 #[test]
-fn a_lone_greedy_request_gets_the_reference_tokens() {
-    for name in ["llama", "qwen3"] {
+fn every_architecture_gives_its_reference_tokens_from_cached_pages() {
+    for name in [
+        "llama",
+        "llama-yarn",
+        "llama-linear",
+        "mistral",
+        "mistral3",
+        "qwen2",
+        "qwen3",
+        "qwen3-moe",
+        "gemma3",
+    ] {
         let tiny = Tiny::load(name);
-        let params = SamplingParams {
-            temperature: 0.0,
-            ignore_eos: true,
-            max_tokens: tiny.tokens.len() as u32,
-            ..SamplingParams::default()
-        };
-        let request = NewRequest {
-            id: RequestId(0),
+        let request = |id| NewRequest {
+            id: RequestId(id),
             prompt: tiny.prompt.clone(),
-            params,
+            params: SamplingParams {
+                temperature: 0.0,
+                ignore_eos: true,
+                max_tokens: tiny.tokens.len() as u32,
+                ..SamplingParams::default()
+            },
             prompt_logprobs: None,
             constraint: None,
         };
-        let (answers, _) = run(&tiny, ROOMY, vec![request]);
-        assert_eq!(answers[&0].0, tiny.tokens, "{name}");
+        for page_size in [1, 16] {
+            // One slot: each request is done before the next begins.
+            let way = Way { page_size, pages: 256 / page_size, slots: 1, ..ROOMY };
+            for way in [way, Way { step_tokens_max: 7, ..way }] {
+                let (answers, stats) = run(&tiny, way, (0..3).map(request).collect());
+                for (id, (tokens, _)) in &answers {
+                    assert_eq!(*tokens, tiny.tokens, "{name}, request {id}, {way:?}");
+                }
+                let cached = stats.cached_tokens.load(Relaxed) as usize;
+                let whole_pages = (tiny.prompt.len() - 1) / page_size * page_size;
+                assert_eq!(cached, 2 * whole_pages, "{name}, {way:?}");
+            }
+        }
     }
 }
