@@ -182,8 +182,8 @@ fn what_can_never_run_is_refused_at_once() {
     let (prompt_len, prompt_len_max) = (512, 511);
     let too_long = Refusal::PromptTooLong { prompt_len, prompt_len_max };
     assert_eq!(refused(request(&"p".repeat(512), 1)), too_long);
-    let unknown = GenerateRequest::new(Prompt::Tokens(vec![1, 258]));
-    let out = Refusal::TokenOutOfVocabulary { token: 258, vocab_size: 258 };
+    let unknown = GenerateRequest::new(Prompt::Tokens(vec![1, 259]));
+    let out = Refusal::TokenOutOfVocabulary { token: 259, vocab_size: 259 };
     assert_eq!(refused(unknown), out);
     let mut many = request("x", 1);
     many.n = 1_000_000_000;

@@ -94,6 +94,14 @@ impl App {
         tokio::time::Instant::now().checked_add(timeout)
     }
 
+    /// The ids of a prompt. Not for async threads.
+    ///
+    /// # Errors
+    /// If it cannot be encoded. `field` names the field that it came in.
+    pub fn encode(&self, prompt: &Prompt, field: &'static str) -> Result<Vec<u32>, ApiError> {
+        self.frontend.encode(prompt).map_err(|error| ApiError::from_submit(&error, field))
+    }
+
     /// Encodes and submits prompts whose events come as one stream. Not for async threads.
     ///
     /// # Errors
@@ -104,8 +112,7 @@ impl App {
         prompt: &'static str,
     ) -> Result<Generation, ApiError> {
         for request in &mut requests {
-            let ids = self.frontend.encode(&request.prompt);
-            let ids = ids.map_err(|error| ApiError::from_submit(&error, prompt))?;
+            let ids = self.encode(&request.prompt, prompt)?;
             validate::length(ids.len(), &request.params, self.frontend.len_max(), prompt)?;
             request.prompt = Prompt::Tokens(ids);
         }

@@ -18,6 +18,7 @@ use crate::head::{Head, UsageSum, finish_reason, stop_reason};
 use crate::logprobs;
 use crate::message::{MessageParser, MessageParts, Piece};
 use crate::reply::{Choice, Chunks, End, Reply, push_event};
+use crate::tools::{self, Tools};
 use crate::validate;
 use crate::wire::StreamOptions;
 use crate::wire::chat::{
@@ -40,14 +41,14 @@ pub async fn chat(State(app): State<Arc<App>>, request: Request) -> Result<Respo
         let common: Common = body::parse(&bytes)?;
         let fields: ChatFields = body::parse(&bytes)?;
         app.check_model(common.model.as_deref())?;
-        let answer = Answer {
+        let mut answer = Answer {
             app: Arc::clone(app),
             head: Head::new(app, "chatcmpl-"),
             with_logprobs: fields.logprobs,
             stream_options: common.stream_options,
             parser: MessageParser::default(),
         };
-        let request = generate_request(app, &common, fields)?;
+        let request = generate_request(app, &common, fields, &mut answer)?;
         let generation = app.submit(vec![request], PROMPT_FIELD)?;
         let reply = Reply { generation, deadline, prompt_field: PROMPT_FIELD };
         Ok((reply, answer, common.stream))
@@ -62,10 +63,12 @@ pub async fn chat(State(app): State<Arc<App>>, request: Request) -> Result<Respo
     Ok(answer.whole(prompt_tokens, choices))
 }
 
+/// Checks and encodes; leaves in `answer` how the model's text is to be taken apart.
 fn generate_request(
     app: &App,
     common: &Common,
     fields: ChatFields,
+    answer: &mut Answer,
 ) -> Result<GenerateRequest, ApiError> {
     let controls = validate::controls(common, 1, app.frontend.limits().vocab_size)?;
     let top = validate::top_logprobs("top_logprobs", fields.top_logprobs)?;
@@ -77,14 +80,11 @@ fn generate_request(
         fields.regex.as_deref(),
         fields.grammar.as_deref(),
     )?;
-    let tools = match fields.tool_choice.as_ref().map(Value::as_str) {
-        None | Some(Some("auto")) => fields.tools,
-        Some(Some("none")) => None,
-        Some(_) => return Err(ApiError::invalid("tool_choice", "is neither auto nor none")),
-    };
+    let tools = Tools::parse(fields.tools, fields.tool_choice.as_ref())?;
+    let tool_format = tools.format(app.frontend.text());
     let chat = ChatRequest {
         messages: messages(fields.messages)?,
-        tools,
+        tools: tools.list,
         add_generation_prompt: fields
             .add_generation_prompt
             .unwrap_or(!fields.continue_final_message),
@@ -95,8 +95,12 @@ fn generate_request(
         let message = "cannot be true together with add_generation_prompt";
         return Err(ApiError::invalid("continue_final_message", message));
     }
-    let mut request = controls.request(Prompt::Chat(Box::new(chat)));
+    let prompt = app.encode(&Prompt::Chat(Box::new(chat)), PROMPT_FIELD)?;
+    answer.parser = MessageParser::new(app.frontend.text(), &prompt, tool_format);
+    let mut request = controls.request(Prompt::Tokens(prompt));
     request.params.logprobs = fields.logprobs.then_some(top);
+    let is_hidden = |format| tools::marks_calls_by_special_token(app.frontend.text(), format);
+    request.skip_special_tokens &= !tool_format.is_some_and(is_hidden);
     Ok(request)
 }
 

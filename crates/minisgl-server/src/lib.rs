@@ -26,6 +26,7 @@ mod options;
 mod reply;
 mod router;
 mod serve;
+mod tools;
 mod validate;
 mod wire;
 

@@ -1,12 +1,18 @@
 //! An assistant's message, taken apart: what it thinks, what it says, what it calls.
 
-use crate::head::finish_reason;
+use minisgl_text::{Part, ReasoningSplitter, TextModel, ToolCallParser, ToolFormat, ToolPiece};
+
+use crate::head::{finish_reason, random_id};
 use crate::reply::End;
-use crate::wire::chat::ToolCall;
+use crate::wire::chat::{FunctionCall, ToolCall};
+
+/// As much of a prompt's end as shows whether the template has opened the model's thinking.
+const PROMPT_END: usize = 8;
+/// Mistral's templates refuse call ids of any other length.
+const MISTRAL_ID_LEN: usize = 9;
 
 /// A piece of a message.
 #[derive(Debug)]
-#[expect(dead_code, reason = "the parser does not yet tell thoughts and calls from content")]
 pub enum Piece<'a> {
     /// More of what it says.
     Content(&'a str),
@@ -16,21 +22,84 @@ pub enum Piece<'a> {
     Call(ToolCall),
 }
 
-/// Takes one choice's text apart as it comes.
+/// Takes one choice's text apart as it comes: thoughts first, then calls out of what is said.
 #[derive(Clone, Debug, Default)]
-pub struct MessageParser {}
+pub struct MessageParser {
+    reasoning: Option<ReasoningSplitter>,
+    calls: Option<CallParser>,
+}
+
+/// Finds calls in what a message says.
+#[derive(Clone, Debug)]
+struct CallParser {
+    format: ToolFormat,
+    parser: ToolCallParser,
+}
 
 impl MessageParser {
+    /// For the answers to a prompt of this model; calls are found in `tool_format`.
+    pub fn new(text: &TextModel, prompt: &[u32], tool_format: Option<ToolFormat>) -> Self {
+        let thinks = text.template.as_ref().is_some_and(|template| template.thinks());
+        let prompt_end = &prompt[prompt.len().saturating_sub(PROMPT_END)..];
+        let after = || ReasoningSplitter::after(&text.tokenizer.decode(prompt_end, false));
+        Self {
+            reasoning: thinks.then(after),
+            calls: tool_format
+                .map(|format| CallParser { format, parser: ToolCallParser::new(format) }),
+        }
+    }
+
     /// Tells `piece` what this text is.
     pub fn push(&mut self, text: &str, piece: &mut dyn FnMut(Piece<'_>)) {
-        if !text.is_empty() {
-            piece(Piece::Content(text));
+        let Self { reasoning, calls } = self;
+        match reasoning {
+            Some(splitter) => splitter.push(text, &mut |part| take_part(calls, part, piece)),
+            None => take_part(calls, Part::Content(text), piece),
         }
     }
 
     /// Tells `piece` what was held back, when no more text comes.
     pub fn finish(&mut self, piece: &mut dyn FnMut(Piece<'_>)) {
-        let _ = piece;
+        let Self { reasoning, calls } = self;
+        if let Some(splitter) = reasoning {
+            splitter.finish(&mut |part| take_part(calls, part, piece));
+        }
+        if let Some(CallParser { format, parser }) = calls {
+            parser.finish(&mut |found| give(*format, found, piece));
+        }
+    }
+}
+
+fn take_part(calls: &mut Option<CallParser>, part: Part<'_>, piece: &mut dyn FnMut(Piece<'_>)) {
+    match (part, calls) {
+        (Part::Reasoning(text), _) => piece(Piece::Reasoning(text)),
+        (Part::Content(text), Some(CallParser { format, parser })) => {
+            parser.push(text, &mut |found| give(*format, found, piece));
+        }
+        (Part::Content(""), None) => {}
+        (Part::Content(text), None) => piece(Piece::Content(text)),
+    }
+}
+
+fn give(format: ToolFormat, found: ToolPiece, piece: &mut dyn FnMut(Piece<'_>)) {
+    match found {
+        ToolPiece::Content(text) => piece(Piece::Content(&text)),
+        ToolPiece::Start { index, name } => {
+            let function = FunctionCall { name: Some(name), arguments: String::new() };
+            let (index, id) = (Some(index), Some(call_id(format)));
+            piece(Piece::Call(ToolCall { index, id, r#type: Some("function"), function }));
+        }
+        ToolPiece::Arguments { index, json } => {
+            let function = FunctionCall { name: None, arguments: json };
+            piece(Piece::Call(ToolCall { index: Some(index), id: None, r#type: None, function }));
+        }
+    }
+}
+
+fn call_id(format: ToolFormat) -> String {
+    match format {
+        ToolFormat::Mistral => random_id("")[..MISTRAL_ID_LEN].to_string(),
+        ToolFormat::Hermes | ToolFormat::Llama => random_id("call_"),
     }
 }
 

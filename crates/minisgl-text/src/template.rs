@@ -9,6 +9,7 @@ use serde_json::{Map, Value, json};
 
 use crate::python;
 use crate::text_model::TextError;
+use crate::tool_calls::ToolFormat;
 
 /// Instructions that a template may run; a conversation of 1,000 messages needs about 100,000.
 const FUEL: u64 = 20_000_000;
@@ -55,6 +56,7 @@ pub struct ChatTemplate {
     source: String,
     special_tokens: Map<String, Value>,
     takes_parts: bool,
+    tool_format: Option<ToolFormat>,
 }
 
 impl fmt::Debug for ChatTemplate {
@@ -86,8 +88,10 @@ impl ChatTemplate {
         environment.add_function("strftime_now", strftime_now);
         environment.add_filter("tojson", python::tojson);
         environment.add_filter("string", python::string);
+        let tool_format = ToolFormat::detect(source);
         let source = source.to_string();
-        let mut template = Self { environment, source, special_tokens, takes_parts: false };
+        let mut template =
+            Self { environment, source, special_tokens, takes_parts: false, tool_format };
         template.add(CHAT, &template.source.clone())?;
         template.takes_parts = template.finds_text_in_parts();
         Ok(template)
@@ -99,6 +103,7 @@ impl ChatTemplate {
     /// If the template's syntax is wrong.
     pub fn with_tool_use(mut self, source: &str) -> Result<Self, TextError> {
         self.add(TOOL_USE, source)?;
+        self.tool_format = ToolFormat::detect(source);
         Ok(self)
     }
 
@@ -113,6 +118,16 @@ impl ChatTemplate {
         let request = ChatRequest::new(vec![json!({"role": "user", "content": parts})]);
         self.render(&request)
             .is_ok_and(|text| text.contains("a part's text") && !text.contains("type"))
+    }
+
+    /// How the model is told to write its calls, if the template knows tools.
+    pub fn tool_format(&self) -> Option<ToolFormat> {
+        self.tool_format
+    }
+
+    /// Whether the model thinks between `<think>` and `</think>` before it answers.
+    pub fn thinks(&self) -> bool {
+        self.source.contains("</think>") || self.source.contains("<think>")
     }
 
     /// Whether a message's content may be a list of parts, rather than a text.

@@ -74,7 +74,8 @@ impl ToolFormat {
         }
     }
 
-    fn open(self) -> &'static str {
+    /// What stands before a call, or may. A special token in some vocabularies.
+    pub fn open(self) -> &'static str {
         match self {
             Self::Hermes => HERMES_OPEN,
             Self::Llama => LLAMA_OPEN,

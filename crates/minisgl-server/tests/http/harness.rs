@@ -2,6 +2,7 @@
 
 use std::io::{BufRead, BufReader, Write};
 use std::net::{SocketAddr, TcpStream};
+use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -11,6 +12,7 @@ use minisgl_scheduler::SchedulerOptions;
 use minisgl_scheduler::engine::EngineLimits;
 use minisgl_scheduler::fake::{FakeEngine, FakeOptions, NextToken};
 use minisgl_server::{ServerOptions, serve_until};
+use minisgl_text::TextModel;
 use serde_json::Value;
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
@@ -27,6 +29,7 @@ pub struct Server {
 
 /// What a test chooses about its server.
 pub struct Setup {
+    pub text: Arc<TextModel>,
     pub engine: FakeOptions,
     pub scheduler: SchedulerOptions,
     pub server: ServerOptions,
@@ -46,16 +49,20 @@ impl Default for Setup {
         let scheduler = SchedulerOptions { waiting_max: 8, ..SchedulerOptions::default() };
         let server =
             ServerOptions { model_names: vec!["tiny".to_string()], ..ServerOptions::default() };
-        Self { engine, scheduler, server }
+        Self { text: tiny::text_model(), engine, scheduler, server }
     }
 }
 
 impl Setup {
     /// An engine that answers every prompt with this.
     pub fn says(answer: &str) -> Self {
+        Self::says_tokens(answer.bytes().map(u32::from).collect())
+    }
+
+    /// An engine that answers every prompt with these tokens.
+    pub fn says_tokens(answer: Vec<u32>) -> Self {
         let mut setup = Self::default();
-        let script = answer.bytes().map(u32::from).collect();
-        setup.engine.next_token = NextToken::script(script, tiny::EOS);
+        setup.engine.next_token = NextToken::script(answer, tiny::EOS);
         setup
     }
 
@@ -70,7 +77,7 @@ impl Setup {
     pub fn start(self) -> Server {
         let frontend = Frontend::start(
             FakeEngine::new(self.engine),
-            tiny::text_model(),
+            self.text,
             FrontendOptions { scheduler: self.scheduler },
         )
         .unwrap();

@@ -3,6 +3,7 @@
 mod bad_input;
 mod faults;
 mod harness;
+mod messages;
 #[path = "../../../minisgl-frontend/tests/tiny/mod.rs"]
 mod tiny;
 mod wire;
