@@ -1,6 +1,8 @@
 //! An assistant's message, taken apart: what it thinks, what it says, what it calls.
 
-use minisgl_text::{Part, ReasoningSplitter, TextModel, ToolCallParser, ToolFormat, ToolPiece};
+use minisgl_text::{
+    ChatTemplate, Part, ReasoningSplitter, TextModel, ToolCallParser, ToolFormat, ToolPiece,
+};
 
 use crate::head::{finish_reason, random_id};
 use crate::reply::End;
@@ -39,7 +41,7 @@ struct CallParser {
 impl MessageParser {
     /// For the answers to a prompt of this model; calls are found in `tool_format`.
     pub fn new(text: &TextModel, prompt: &[u32], tool_format: Option<ToolFormat>) -> Self {
-        let thinks = text.template.as_ref().is_some_and(|template| template.thinks());
+        let thinks = text.template.as_ref().is_some_and(ChatTemplate::thinks);
         let prompt_end = &prompt[prompt.len().saturating_sub(PROMPT_END)..];
         let after = || ReasoningSplitter::after(&text.tokenizer.decode(prompt_end, false));
         Self {
