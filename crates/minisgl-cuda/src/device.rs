@@ -1,15 +1,17 @@
 //! A card: its context, the one stream that everything runs on, memory and launches.
 
 use std::ffi::c_void;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use cudarc::driver::{DriverError, result, sys};
 use minisgl_tensor::{BackendError, Memory, MemoryInfo, Result, Tensor};
 
+use crate::group::Group;
+
 /// The context and the stream of one card.
 pub(crate) struct Device {
-    context: sys::CUcontext,
-    handle: sys::CUdevice,
+    pub(crate) context: sys::CUcontext,
+    pub(crate) handle: sys::CUdevice,
     pub(crate) stream: sys::CUstream,
     pub(crate) name: String,
     /// Compute capability: `(9, 0)`.
@@ -17,6 +19,8 @@ pub(crate) struct Device {
     pub(crate) multiprocessors: usize,
     /// The most shared memory that a block may have.
     shared_max: i32,
+    /// The group of ranks that this card belongs to: then waiting for it has a time limit.
+    pub(crate) group: OnceLock<Arc<Group>>,
 }
 
 // SAFETY: driver handles may be used from any thread; every use first makes the context current.
@@ -84,6 +88,7 @@ impl Device {
             capability,
             multiprocessors: attribute(A::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize,
             shared_max: attribute(A::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
+            group: OnceLock::new(),
         })
     }
 
@@ -132,9 +137,37 @@ impl Device {
 
     pub(crate) fn synchronize(&self) -> Result<()> {
         self.bind()?;
-        // SAFETY: the stream lives as long as `self`.
-        unsafe { result::stream::synchronize(self.stream) }
-            .map_err(|e| driver("cuStreamSynchronize", e))
+        let Some(group) = self.group.get() else {
+            // SAFETY: the stream lives as long as `self`.
+            return unsafe { result::stream::synchronize(self.stream) }
+                .map_err(|e| driver("cuStreamSynchronize", e));
+        };
+        // SAFETY: as above.
+        group.wait(|| ready("cuStreamQuery", unsafe { sys::cuStreamQuery(self.stream) }))
+    }
+
+    /// Waits until nothing runs, whatever became of the group or of the work.
+    pub(crate) fn drain(&self) {
+        if self.bind().is_ok() {
+            // SAFETY: the stream lives as long as `self`.
+            let _ = unsafe { result::stream::synchronize(self.stream) };
+        }
+    }
+
+    /// Waits for what was enqueued before `event`. In a group, not longer than ranks wait for each
+    /// other; and what a group that has ended was computing is an error.
+    ///
+    /// # Safety
+    /// The event lives.
+    pub(crate) unsafe fn wait(&self, event: sys::CUevent) -> Result<()> {
+        self.bind()?;
+        let Some(group) = self.group.get() else {
+            // SAFETY: as the caller promises.
+            return unsafe { result::event::synchronize(event) }
+                .map_err(|e| driver("cuEventSynchronize", e));
+        };
+        // SAFETY: as the caller promises.
+        group.wait(|| ready("cuEventQuery", unsafe { sys::cuEventQuery(event) }))
     }
 
     /// Lets a kernel be launched with all the shared memory that a block can have.
@@ -352,6 +385,15 @@ impl Drop for DeviceMemory {
             // SAFETY: allocated by `Device::alloc`, freed once. The driver waits for work on it.
             let _ = unsafe { result::free_sync(self.address) };
         }
+    }
+}
+
+/// What a query says about work under way.
+fn ready(what: &str, status: sys::CUresult) -> Result<bool> {
+    match status {
+        sys::CUresult::CUDA_SUCCESS => Ok(true),
+        sys::CUresult::CUDA_ERROR_NOT_READY => Ok(false),
+        error => Err(driver(what, DriverError(error))),
     }
 }
 

@@ -25,6 +25,7 @@ pub enum Module {
     Prefill,
     Sample,
     Moe,
+    Collective,
 }
 
 impl Module {
@@ -47,6 +48,7 @@ impl Module {
             }
             Module::Sample => include_str!("../kernels/sample.cu"),
             Module::Moe => include_str!("../kernels/moe.cu"),
+            Module::Collective => include_str!("../kernels/collective.cu"),
         }
     }
 }

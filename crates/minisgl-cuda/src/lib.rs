@@ -6,16 +6,21 @@
 //!
 //! Reading order: `device` (context, stream, memory, launches), `staging` (copies), `kernels`
 //! (compiling and caching), `gemm` and `tuning` (cuBLASLt), `weights`, and `backend` with its operations in
-//! `linear`, `rope`, `attention`, `decode`, `moe` and `sampling`.
+//! `linear`, `rope`, `attention`, `decode`, `moe` and `sampling`. Several cards: `collective`, over
+//! `mailbox` (peer memory) and `nccl`; `group` is what ends them together.
 
 mod attention;
 mod backend;
+mod collective;
 mod decode;
 mod device;
 mod gemm;
+mod group;
 mod kernels;
 mod linear;
+mod mailbox;
 mod moe;
+mod nccl;
 mod rope;
 mod sampling;
 mod staging;
@@ -24,5 +29,6 @@ mod tuning;
 mod weights;
 
 pub use backend::{CudaBackend, CudaOptions};
+pub use collective::{GroupOptions, Transport, group};
 pub use device::devices;
 pub use kernels::{Module, compile};

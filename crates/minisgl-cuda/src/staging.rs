@@ -127,10 +127,8 @@ impl Pinned {
 
     /// Waits until the last copy is done.
     fn wait(&self) -> Result<()> {
-        self.device.bind()?;
         // SAFETY: the event lives.
-        unsafe { result::event::synchronize(self.event) }
-            .map_err(|e| driver("cuEventSynchronize", e))
+        unsafe { self.device.wait(self.event) }
     }
 }
 

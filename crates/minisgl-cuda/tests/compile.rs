@@ -16,6 +16,9 @@ fn kernels_compile_without_spills() {
                 // The sampler's one block a row waits for memory, not for its few spilled bytes.
                 check(module, &[], arch, exact, module != Module::Sample);
             }
+            for ranks in [2, 4, 8] {
+                check(Module::Collective, &[("RANKS", ranks)], arch, exact, true);
+            }
             for dim in [64, 80, 96, 128, 256] {
                 for decode in [0, 1] {
                     // Heads of 256 do not fit the registers of this kernel yet.
