@@ -159,7 +159,9 @@ impl Collective for CudaCollective {
     fn all_reduce(&self, tensor: &Tensor) -> Result<()> {
         let kind = match tensor.dtype() {
             dtype if dtype != self.backend.dtype() => {
-                return Err(BackendError::Unsupported(format!("a sum over ranks of {dtype}").into()));
+                return Err(BackendError::Unsupported(
+                    format!("a sum over ranks of {dtype}").into(),
+                ));
             }
             DType::F32 => Kind::F32,
             _ => Kind::BF16,

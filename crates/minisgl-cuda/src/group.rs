@@ -60,10 +60,7 @@ impl Group {
 
     /// Ends the group: whatever waits in it, on the host or on a device, comes back.
     pub(crate) fn end(&self, why: &str) {
-        self.why
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .get_or_insert_with(|| why.into());
+        self.why.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert_with(|| why.into());
         // The reason comes first, then the word, then what lets go of waiting devices: whoever
         // finds its work done and after that the word still unset has whole results.
         self.broken.word().fetch_max(BrokenWord::BY_HOST, Ordering::SeqCst);
@@ -78,9 +75,7 @@ impl Group {
     pub(crate) fn check(&self) -> Result<()> {
         let why = match self.broken.word().load(Ordering::SeqCst) {
             0 => return Ok(()),
-            BrokenWord::BY_HOST => {
-                self.why.lock().unwrap_or_else(PoisonError::into_inner).clone()
-            }
+            BrokenWord::BY_HOST => self.why.lock().unwrap_or_else(PoisonError::into_inner).clone(),
             late => {
                 let rank = late - 1;
                 let why = format!("rank {rank} did not come to an exchange in {:?}", self.timeout);

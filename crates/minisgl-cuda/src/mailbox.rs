@@ -98,7 +98,9 @@ impl Mailboxes {
     pub(crate) fn all_reduce(&self, device: &Device, x: &Tensor) -> Result<()> {
         let (bytes, end) = (x.bytes() / x.elements().max(1), x.address() + x.bytes() as u64);
         if !x.address().is_multiple_of(16) {
-            return Err(BackendError::Unsupported(format!("a sum of {x:?}, not on 16 bytes").into()));
+            return Err(BackendError::Unsupported(
+                format!("a sum of {x:?}, not on 16 bytes").into(),
+            ));
         }
         for from in (x.address()..end).step_by(SLOT_BYTES) {
             let count = (end - from).min(SLOT_BYTES as u64) / bytes as u64;
@@ -151,11 +153,9 @@ pub(crate) fn open_peers(backends: &[Arc<CudaBackend>]) -> Result<bool> {
     for (a, b) in pairs() {
         let mut reachable = 0;
         // SAFETY: handles of the driver; the answer is of this frame.
-        unsafe {
-            sys::cuDeviceCanAccessPeer(&raw mut reachable, a.device.handle, b.device.handle)
-        }
-        .result()
-        .map_err(|e| driver("cuDeviceCanAccessPeer", e))?;
+        unsafe { sys::cuDeviceCanAccessPeer(&raw mut reachable, a.device.handle, b.device.handle) }
+            .result()
+            .map_err(|e| driver("cuDeviceCanAccessPeer", e))?;
         if reachable == 0 {
             return Ok(false);
         }

@@ -177,8 +177,7 @@ impl Communicator {
         };
         // From here on the handles are owned, whatever the outcome.
         let ends = handles.iter().copied().filter(|handle| !handle.is_null());
-        let ends: Vec<Self> =
-            ends.map(|handle| Self { nccl: Arc::clone(&nccl), handle }).collect();
+        let ends: Vec<Self> = ends.map(|handle| Self { nccl: Arc::clone(&nccl), handle }).collect();
         outcome?;
         let start = Instant::now();
         for end in &ends {
@@ -216,8 +215,7 @@ impl Communicator {
         let data = data as *mut c_void;
         let (call, stream) = (self.nccl.functions.all_reduce, device.stream.cast());
         // SAFETY: as the caller promises; in place is allowed.
-        let status =
-            unsafe { call(data, data, count, kind as c_int, SUM, self.handle, stream) };
+        let status = unsafe { call(data, data, count, kind as c_int, SUM, self.handle, stream) };
         self.nccl.check("ncclAllReduce", status)
     }
 
@@ -235,8 +233,7 @@ impl Communicator {
         let (part, out) = (part as *const c_void, out as *mut c_void);
         let (call, stream) = (self.nccl.functions.all_gather, device.stream.cast());
         // SAFETY: as the caller promises.
-        let status =
-            unsafe { call(part, out, bytes, Kind::Bytes as c_int, self.handle, stream) };
+        let status = unsafe { call(part, out, bytes, Kind::Bytes as c_int, self.handle, stream) };
         self.nccl.check("ncclAllGather", status)
     }
 }

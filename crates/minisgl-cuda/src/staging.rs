@@ -134,10 +134,12 @@ impl Pinned {
 
 impl Drop for Pinned {
     fn drop(&mut self) {
-        // The copy may still be under way when its owner lost interest.
-        if self.wait().is_ok() {
-            // SAFETY: made by `new`, given back once.
-            unsafe {
+        // The copy may still be under way when its owner lost interest. That wait has a time limit,
+        // behind which a group of ranks ends, and with it what the device waits for.
+        let waited = self.wait();
+        // SAFETY: made by `new`, given back once.
+        unsafe {
+            if waited.is_ok() || result::event::synchronize(self.event).is_ok() {
                 let _ = result::event::destroy(self.event);
                 let _ = result::free_host(self.address.cast());
             }

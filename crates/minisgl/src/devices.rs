@@ -3,15 +3,15 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Result, ensure};
 use minisgl_cpu::{CpuBackend, CpuOptions, physical_cores, shared_memory_group};
-use minisgl_cuda::{CudaBackend, CudaOptions};
+use minisgl_cuda::{CudaBackend, CudaOptions, GroupOptions, Transport};
 use minisgl_engine::{Checkpoint, EngineOptions, KvSize, LocalEngine};
 use minisgl_tensor::{Alone, Backend, Collective, Precision};
 
 use crate::options::{Device, Dtype, RuntimeOptions};
 
-/// How long a CPU rank waits for the others in a sum.
+/// How long a rank waits for the others in a sum.
 const COLLECTIVE_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// An engine, and the name of what it runs on.
@@ -57,13 +57,7 @@ fn open_ranks(device: Device, options: &RuntimeOptions) -> Result<Vec<RankDevice
     ensure!(ranks > 0, "--tp 0: a model runs on at least one rank");
     let precision = precision(options.dtype);
     match device {
-        Device::Cuda(_) if ranks > 1 => {
-            bail!("--tp {ranks}: there is no collective for several GPUs yet")
-        }
-        Device::Cuda(device) => {
-            let backend = CudaBackend::new(CudaOptions { device, precision })?;
-            Ok(vec![(Arc::new(backend), Arc::new(Alone))])
-        }
+        Device::Cuda(first) => open_cards(first, ranks, precision),
         Device::Cpu | Device::Auto => {
             let share = || (physical_cores() / ranks).max(1);
             let threads = Some(options.threads.unwrap_or_else(share));
@@ -78,6 +72,26 @@ fn open_ranks(device: Device, options: &RuntimeOptions) -> Result<Vec<RankDevice
             Ok(devices.map(|(b, end)| (Arc::new(b) as Arc<dyn Backend>, end)).collect())
         }
     }
+}
+
+/// The cards `first..first + ranks`, each a rank.
+fn open_cards(first: usize, ranks: usize, precision: Precision) -> Result<Vec<RankDevices>> {
+    let cards = minisgl_cuda::devices().len();
+    ensure!(
+        ranks == 1 || first + ranks <= cards,
+        "--tp {ranks} from cuda:{first} on needs {} GPUs, this machine has {cards}",
+        first + ranks
+    );
+    let open = |device| CudaBackend::new(CudaOptions { device, precision }).map(Arc::new);
+    let backends = (first..first + ranks).map(open).collect::<Result<Vec<_>, _>>()?;
+    let ends: Vec<Arc<dyn Collective>> = match ranks {
+        1 => vec![Arc::new(Alone)],
+        _ => {
+            let group = GroupOptions { timeout: COLLECTIVE_TIMEOUT, transport: Transport::Auto };
+            minisgl_cuda::group(&backends, group)?
+        }
+    };
+    Ok(backends.into_iter().zip(ends).map(|(b, end)| (b as Arc<dyn Backend>, end)).collect())
 }
 
 fn engine_options(device: Device, options: &RuntimeOptions) -> EngineOptions {
