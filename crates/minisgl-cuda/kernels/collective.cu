@@ -101,7 +101,7 @@ struct Reduce {
 };
 
 // x = Σ over ranks of x, summed in f32 and rounded once.
-extern "C" __global__ void __launch_bounds__(THREADS) all_reduce(const __grid_constant__ Reduce a) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) all_reduce(const __grid_constant__ Reduce a) {
     u32 exchange = begin(a.group);
     long long vectors = a.count / WIDTH, first = blockIdx.x * THREADS + threadIdx.x;
     // Behind the vectors there are less than WIDTH elements: block 0's.
@@ -141,17 +141,18 @@ struct Gather {
 };
 
 // out[row][rank · width + i] = part of rank [row][i].
-extern "C" __global__ void __launch_bounds__(THREADS) all_gather(const __grid_constant__ Gather a) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) all_gather(const __grid_constant__ Gather a) {
     u32 exchange = begin(a.group);
-    long long count = a.rows * a.width, first = blockIdx.x * THREADS + threadIdx.x;
+    int width = int(a.width), count = int(a.rows) * width, first = blockIdx.x * THREADS + threadIdx.x;
     u32 *mine = (u32 *)slot(a.group, a.group.rank, exchange);
-    for (long long i = first; i < count; i += BLOCKS * THREADS) mine[i] = a.part[i];
+    for (int i = first; i < count; i += BLOCKS * THREADS) mine[i] = a.part[i];
     if (!meet(a.group, exchange)) return;
-    for (long long i = first; i < count; i += BLOCKS * THREADS) {
-        long long row = i / a.width, column = i % a.width;
-#pragma unroll
-        for (int rank = 0; rank < RANKS; rank++)
-            a.out[(row * RANKS + rank) * a.width + column] = ((const u32 *)slot(a.group, rank, exchange))[i];
+    for (int rank = 0; rank < RANKS; rank++) {
+        const u32 *part = (const u32 *)slot(a.group, rank, exchange);
+        for (int i = first; i < count; i += BLOCKS * THREADS) {
+            int row = i / width, column = i % width;
+            a.out[(row * RANKS + rank) * width + column] = part[i];
+        }
     }
 }
 

@@ -160,6 +160,8 @@ fn check_graph(rank: &Rank, count: usize) {
     let [x, y] = [0, 1].map(|_| rank.backend.alloc(dtype, &[count]).unwrap());
     let mut sums = || rank.end.all_reduce(&x).and_then(|()| rank.end.all_reduce(&y));
     let graph = rank.backend.capture(&mut sums).unwrap().unwrap();
+    // Page-locked memory for downloads is made now: later that could stall the card for both ranks.
+    rank.get(&x).unwrap();
     for round in 0..6 {
         rank.set(&x, &numbers(count, rank.end.rank(), round, dtype));
         rank.set(&y, &numbers(count, rank.end.rank(), round + 100, dtype));
