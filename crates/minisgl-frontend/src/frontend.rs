@@ -16,6 +16,7 @@ use minisgl_text::TextModel;
 
 use crate::choice::ChoiceText;
 use crate::generation::{Generation, Mailbox};
+use crate::grammar::{Grammar, GrammarCompiler, GrammarError, GrammarSource};
 use crate::request::{GenerateRequest, Prompt, SubmitError};
 use crate::stats::FrontendStats;
 use crate::text_thread::{Arrivals, TextThread};
@@ -40,6 +41,8 @@ struct Inner {
     text: Arc<TextModel>,
     limits: EngineLimits,
     in_flight_max: usize,
+    /// Made for the first request with a grammar.
+    grammars: OnceLock<Result<GrammarCompiler, GrammarError>>,
     next_id: AtomicU64,
     commands: Sender<Command>,
     shared: Arc<Shared>,
@@ -108,6 +111,7 @@ impl Frontend {
             text,
             limits,
             in_flight_max,
+            grammars: OnceLock::new(),
             next_id: AtomicU64::new(0),
             commands,
             shared,
@@ -152,6 +156,16 @@ impl Frontend {
             self.send(request, prompt, &mut generation);
         }
         Ok(generation)
+    }
+
+    /// Compiles a form for answers. Takes its time, the first time most: not for async threads.
+    ///
+    /// # Errors
+    /// If the form is wrong, or too large or complex.
+    pub fn compile(&self, source: &GrammarSource) -> Result<Grammar, GrammarError> {
+        let Inner { grammars, text, limits, .. } = &*self.0;
+        let compiler = grammars.get_or_init(|| GrammarCompiler::new(text, limits.vocab_size));
+        compiler.as_ref().map_err(Clone::clone)?.compile(source)
     }
 
     /// The ids of a prompt as `submit` has them.
@@ -218,7 +232,7 @@ impl Frontend {
                 prompt: prompts.next().expect("there are n"),
                 params,
                 prompt_logprobs: request.prompt_logprobs.filter(|_| index == 0),
-                constraint: None,
+                constraint: request.grammar.as_ref().map(Grammar::constraint),
             };
             let mailbox = Arc::clone(&generation.mailbox);
             let choice =

@@ -10,18 +10,20 @@
 //! Generation <── mailbox <── text thread <─────┘
 //! ```
 //!
-//! Reading order: `request` (what goes in), `frontend` (the road there), `text_thread` and
+//! Reading order: `request` and `grammar` (what goes in), `frontend` (the road there), `text_thread` and
 //! `choice` (the road back), `generation` (what comes out), `stats` (how long it took).
 #![forbid(unsafe_code)]
 
 mod choice;
 mod frontend;
 mod generation;
+mod grammar;
 mod request;
 mod stats;
 mod text_thread;
 
 pub use frontend::{Frontend, FrontendOptions};
 pub use generation::{Event, Generation, Usage};
+pub use grammar::{Grammar, GrammarError, GrammarSource};
 pub use request::{GenerateRequest, Prompt, SubmitError};
 pub use stats::{FrontendStats, Histogram, Outcome};

@@ -4,6 +4,8 @@ use minisgl_scheduler::message::Refusal;
 use minisgl_scheduler::sampling::SamplingParams;
 use minisgl_text::{ChatRequest, TextError};
 
+use crate::grammar::Grammar;
+
 /// What is to be continued.
 #[derive(Clone, Debug)]
 pub enum Prompt {
@@ -35,6 +37,8 @@ pub struct GenerateRequest {
     /// Report the prompt's own log-probabilities, with this many alternatives, in
     /// [`Event::Prompt`](crate::Event::Prompt) of the first choice.
     pub prompt_logprobs: Option<u32>,
+    /// What the text must conform to; see [`Frontend::compile`](crate::Frontend::compile).
+    pub grammar: Option<Grammar>,
 }
 
 impl GenerateRequest {
@@ -49,6 +53,7 @@ impl GenerateRequest {
             include_stop_str: false,
             skip_special_tokens: true,
             prompt_logprobs: None,
+            grammar: None,
         }
     }
 }

@@ -75,7 +75,8 @@ fn generate_request(
     if fields.top_logprobs.is_some() && !fields.logprobs {
         return Err(ApiError::invalid("top_logprobs", "needs logprobs to be true"));
     }
-    validate::form(
+    let grammar = validate::form(
+        app,
         fields.response_format.as_ref(),
         fields.regex.as_deref(),
         fields.grammar.as_deref(),
@@ -96,8 +97,12 @@ fn generate_request(
         return Err(ApiError::invalid("continue_final_message", message));
     }
     let prompt = app.encode(&Prompt::Chat(Box::new(chat)), PROMPT_FIELD)?;
-    answer.parser = MessageParser::new(app.frontend.text(), &prompt, tool_format);
+    // An answer that is bound to a form holds neither thoughts nor calls.
+    if grammar.is_none() {
+        answer.parser = MessageParser::new(app.frontend.text(), &prompt, tool_format);
+    }
     let mut request = controls.request(Prompt::Tokens(prompt));
+    request.grammar = grammar;
     request.params.logprobs = fields.logprobs.then_some(top);
     let is_hidden = |format| tools::marks_calls_by_special_token(app.frontend.text(), format);
     request.skip_special_tokens &= !tool_format.is_some_and(is_hidden);

@@ -74,7 +74,8 @@ fn prepare(
     if fields.suffix.as_ref().is_some_and(|suffix| !suffix.is_empty()) {
         return Err(ApiError::invalid("suffix", "is not supported"));
     }
-    validate::form(
+    let grammar = validate::form(
+        app,
         fields.response_format.as_ref(),
         fields.regex.as_deref(),
         fields.grammar.as_deref(),
@@ -92,6 +93,7 @@ fn prepare(
     let mut request = controls.request(Prompt::Tokens(Vec::new()));
     let top = validate::top_logprobs("logprobs", fields.logprobs)?;
     let logprobs = fields.logprobs.is_some().then_some(top);
+    request.grammar = grammar;
     request.params.logprobs = logprobs;
     if fields.echo && logprobs.is_some() {
         if controls.n > 1 {

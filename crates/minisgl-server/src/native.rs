@@ -6,10 +6,9 @@ use std::time::Instant;
 use axum::Json;
 use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
-use minisgl_frontend::{GenerateRequest, Prompt};
+use minisgl_frontend::{GenerateRequest, Grammar, GrammarSource, Prompt};
 use minisgl_scheduler::message::OutputToken;
 use minisgl_scheduler::plan::TokenLogprobs;
-use serde_json::Value;
 
 use crate::app::App;
 use crate::body;
@@ -22,6 +21,7 @@ use crate::validate;
 use crate::wire::Prompts;
 use crate::wire::native::{
     MetaInfo, NativeAnswer, NativeFinish, NativeLogprob, NativeMatch, NativeOutput, NativeRequest,
+    NativeSampling,
 };
 
 /// Continues texts.
@@ -48,8 +48,7 @@ pub async fn generate(State(app): State<Arc<App>>, request: Request) -> Result<R
             || request.sampling_params.n.is_some_and(|n| n > 1);
         let controls =
             validate::native_controls(&request.sampling_params, app.frontend.limits().vocab_size)?;
-        let schema = request.sampling_params.json_schema.as_ref().map(|_| &Value::Null);
-        validate::form(schema, request.sampling_params.regex.as_deref(), None)?;
+        let grammar = form(app, &request.sampling_params)?;
         let top = validate::top_logprobs("top_logprobs_num", request.top_logprobs_num)?;
         let with_prompt = request.logprob_start_len.is_some_and(|start| start >= 0);
         let mut requests = Vec::new();
@@ -58,6 +57,7 @@ pub async fn generate(State(app): State<Arc<App>>, request: Request) -> Result<R
         for ids in prompts(app, given, field)? {
             let prompt_tokens = ids.len() as u32;
             let mut new: GenerateRequest = controls.request(Prompt::Tokens(ids.clone()));
+            new.grammar.clone_from(&grammar);
             if request.return_logprob {
                 new.params.logprobs = Some(top);
                 new.prompt_logprobs = with_prompt.then_some(top);
@@ -84,6 +84,21 @@ pub async fn generate(State(app): State<Arc<App>>, request: Request) -> Result<R
     }
     let choices = reply.collect().await?;
     Ok(chunks.whole(choices))
+}
+
+/// What the answer is bound to.
+fn form(app: &App, fields: &NativeSampling) -> Result<Option<Grammar>, ApiError> {
+    let renamed = |error: ApiError| error.rename(|param| format!("sampling_params.{param}"));
+    let Some(schema) = &fields.json_schema else {
+        return validate::form(app, None, fields.regex.as_deref(), None).map_err(renamed);
+    };
+    const NAME: &str = "sampling_params.json_schema";
+    if fields.regex.is_some() {
+        return Err(ApiError::invalid(NAME, "and regex exclude each other"));
+    }
+    let schema = serde_json::from_str(schema);
+    let schema = schema.map_err(|error| ApiError::invalid(NAME, error.to_string()))?;
+    validate::compile(app, NAME, &GrammarSource::JsonSchema(schema)).map(Some)
 }
 
 /// The answer, in chunks or whole.

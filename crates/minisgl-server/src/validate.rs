@@ -4,10 +4,11 @@ use std::collections::BTreeMap;
 use std::fmt::Display;
 use std::ops::RangeInclusive;
 
-use minisgl_frontend::{GenerateRequest, Prompt};
+use minisgl_frontend::{GenerateRequest, Grammar, GrammarSource, Prompt};
 use minisgl_scheduler::sampling::SamplingParams;
 use serde_json::Value;
 
+use crate::app::App;
 use crate::error::ApiError;
 use crate::wire::native::NativeSampling;
 use crate::wire::sampling::Common;
@@ -151,26 +152,54 @@ pub fn top_logprobs(name: &'static str, value: Option<i64>) -> Result<u32, ApiEr
     Ok(within(name, value, 0, 0..=TOP_LOGPROBS_MAX)? as u32)
 }
 
-/// Refuses what would bind the answer to a form, rather than answer in another.
+/// Compiles the form that the answer is bound to, if it is bound to one.
 ///
 /// # Errors
-/// Names the field.
+/// Names the field whose form is wrong, too large or too complex, or the second of two.
 pub fn form(
+    app: &App,
     response_format: Option<&Value>,
     regex: Option<&str>,
     grammar: Option<&str>,
-) -> Result<(), ApiError> {
-    let kind = response_format.map(|format| format["type"].as_str());
-    if kind.is_some_and(|kind| kind != Some("text")) {
-        return Err(ApiError::invalid("response_format", "only type text is supported"));
+) -> Result<Option<Grammar>, ApiError> {
+    let format = response_format.map(response_format_source).transpose()?.flatten();
+    let forms = [
+        ("response_format", format),
+        ("regex", regex.map(|regex| GrammarSource::Regex(regex.to_string()))),
+        ("grammar", grammar.map(|grammar| GrammarSource::Lark(grammar.to_string()))),
+    ];
+    let mut given = forms.into_iter().filter_map(|(name, form)| Some((name, form?)));
+    let Some((name, form)) = given.next() else { return Ok(None) };
+    if let Some((second, _)) = given.next() {
+        return Err(ApiError::invalid(second, format!("and {name} exclude each other")));
     }
-    if regex.is_some() {
-        return Err(ApiError::invalid("regex", "is not supported"));
+    compile(app, name, &form).map(Some)
+}
+
+/// Compiles a form that came in the field of this name.
+///
+/// # Errors
+/// If it is wrong, too large or too complex.
+pub fn compile(app: &App, name: &'static str, form: &GrammarSource) -> Result<Grammar, ApiError> {
+    app.frontend.compile(form).map_err(|error| ApiError::invalid(name, error.to_string()))
+}
+
+fn response_format_source(format: &Value) -> Result<Option<GrammarSource>, ApiError> {
+    match format["type"].as_str() {
+        _ if format.is_null() => Ok(None),
+        Some("text") => Ok(None),
+        Some("json_object") => Ok(Some(GrammarSource::JsonObject)),
+        Some("json_schema") => match &format["json_schema"]["schema"] {
+            Value::Null => {
+                Err(ApiError::invalid("response_format", "json_schema.schema is missing"))
+            }
+            schema => Ok(Some(GrammarSource::JsonSchema(schema.clone()))),
+        },
+        _ => {
+            let message = "type is none of text, json_object and json_schema";
+            Err(ApiError::invalid("response_format", message))
+        }
     }
-    if grammar.is_some() {
-        return Err(ApiError::invalid("grammar", "is not supported"));
-    }
-    Ok(())
 }
 
 /// Refuses a request that cannot end within `len_max` tokens, prompt included.

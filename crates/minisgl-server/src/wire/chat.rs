@@ -18,13 +18,13 @@ pub struct ChatFields {
     /// `auto` or `none`.
     #[serde(default)]
     pub tool_choice: Option<Value>,
-    /// The form of the answer: `text`.
+    /// The form of the answer: `text`, `json_object` or `json_schema`.
     #[serde(default)]
     pub response_format: Option<Value>,
-    /// Refused.
+    /// A regular expression that the whole text matches.
     #[serde(default)]
     pub regex: Option<String>,
-    /// Refused.
+    /// A grammar in Lark's notation that the whole text follows.
     #[serde(default)]
     pub grammar: Option<String>,
     /// Report log-probabilities.

@@ -26,13 +26,13 @@ pub struct CompletionFields {
     /// Refused.
     #[serde(default)]
     pub suffix: Option<String>,
-    /// The form of the text: `text`.
+    /// The form of the text: `text`, `json_object` or `json_schema`.
     #[serde(default)]
     pub response_format: Option<Value>,
-    /// Refused.
+    /// A regular expression that the whole text matches.
     #[serde(default)]
     pub regex: Option<String>,
-    /// Refused.
+    /// A grammar in Lark's notation that the whole text follows.
     #[serde(default)]
     pub grammar: Option<String>,
 }

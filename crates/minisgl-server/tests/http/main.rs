@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod faults;
+mod grammars;
 mod harness;
 mod messages;
 #[path = "../../../minisgl-frontend/tests/tiny/mod.rs"]
