@@ -3,7 +3,9 @@
 //!
 //! `cargo run --release -p minisgl-server --example fake_server -- [port] [answer]`
 //!
-//! Port 0 takes a free one; the address is written to standard error.
+//! Port 0 takes a free one; the address is written to standard error. `-` in place of the answer
+//! says ASCII characters for ever, at a cost that does not grow with the sequence: for measuring the
+//! front end, with prompts of token ids below 128.
 
 #[path = "../../minisgl-frontend/tests/tiny/mod.rs"]
 mod tiny;
@@ -20,8 +22,13 @@ async fn main() -> Result<()> {
     let port = arguments.next().map_or(Ok(1919), |port| port.parse())?;
     let answer = arguments.next().unwrap_or_else(|| "Hello! How can I help you?".to_string());
     let mut options = FakeOptions::default();
-    options.limits.vocab_size = tiny::VOCAB_SIZE;
-    options.next_token = NextToken::script(answer.bytes().map(u32::from).collect(), tiny::EOS);
+    if answer == "-" {
+        options.limits.vocab_size = 128;
+        options.next_token = NextToken::Position;
+    } else {
+        options.limits.vocab_size = tiny::VOCAB_SIZE;
+        options.next_token = NextToken::script(answer.bytes().map(u32::from).collect(), tiny::EOS);
+    }
     let engine = FakeEngine::new(options);
     let frontend = Frontend::start(engine, tiny::text_model(), FrontendOptions::default())?;
     let listener = TcpListener::bind(("127.0.0.1", port)).await?;
