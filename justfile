@@ -33,3 +33,7 @@ reference model python="python3":
 audit:
     typos
     cargo deny check
+
+# What HTTP, JSON and scheduling cost, on an engine that answers at once.
+bench-front-end:
+    scripts/bench_front_end.sh
