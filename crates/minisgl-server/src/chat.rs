@@ -83,6 +83,11 @@ fn generate_request(
     )?;
     let tools = Tools::parse(fields.tools, fields.tool_choice.as_ref())?;
     let tool_format = tools.format(app.frontend.text());
+    let call = tools.grammar(app.frontend.text());
+    if call.is_some() && grammar.is_some() {
+        return Err(ApiError::invalid("tool_choice", "excludes a form for the answer"));
+    }
+    let call = call.map(|call| validate::compile(app, "tools", &call)).transpose()?;
     let chat = ChatRequest {
         messages: messages(fields.messages)?,
         tools: tools.list,
@@ -97,12 +102,14 @@ fn generate_request(
         return Err(ApiError::invalid("continue_final_message", message));
     }
     let prompt = app.encode(&Prompt::Chat(Box::new(chat)), PROMPT_FIELD)?;
-    // An answer that is bound to a form holds neither thoughts nor calls.
-    if grammar.is_none() {
-        answer.parser = MessageParser::new(app.frontend.text(), &prompt, tool_format);
-    }
+    // An answer that is bound to a form holds no thoughts, and calls only if it must be one.
+    answer.parser = match (&call, &grammar) {
+        (Some(_), _) => MessageParser::of_calls(tool_format),
+        (None, Some(_)) => MessageParser::default(),
+        (None, None) => MessageParser::new(app.frontend.text(), &prompt, tool_format),
+    };
     let mut request = controls.request(Prompt::Tokens(prompt));
-    request.grammar = grammar;
+    request.grammar = call.or(grammar);
     request.params.logprobs = fields.logprobs.then_some(top);
     let is_hidden = |format| tools::marks_calls_by_special_token(app.frontend.text(), format);
     request.skip_special_tokens &= !tool_format.is_some_and(is_hidden);

@@ -44,11 +44,13 @@ impl MessageParser {
         let thinks = text.template.as_ref().is_some_and(ChatTemplate::thinks);
         let prompt_end = &prompt[prompt.len().saturating_sub(PROMPT_END)..];
         let after = || ReasoningSplitter::after(&text.tokenizer.decode(prompt_end, false));
-        Self {
-            reasoning: thinks.then(after),
-            calls: tool_format
-                .map(|format| CallParser { format, parser: ToolCallParser::new(format) }),
-        }
+        Self { reasoning: thinks.then(after), ..Self::of_calls(tool_format) }
+    }
+
+    /// For answers without thoughts.
+    pub fn of_calls(tool_format: Option<ToolFormat>) -> Self {
+        let calls = |format| CallParser { format, parser: ToolCallParser::new(format) };
+        Self { reasoning: None, calls: tool_format.map(calls) }
     }
 
     /// Tells `piece` what this text is.

@@ -1,7 +1,8 @@
 //! The functions that a chat's model may call, and whether it must.
 
+use minisgl_frontend::GrammarSource;
 use minisgl_text::{TextModel, ToolFormat};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::error::ApiError;
 
@@ -10,6 +11,8 @@ use crate::error::ApiError;
 pub struct Tools {
     /// As the chat template gets them; `None` where there are none or none may be called.
     pub list: Option<Vec<Value>>,
+    /// Schemas of the calls of which the answer must be one; empty where it need not be any.
+    required: Vec<Value>,
 }
 
 impl Tools {
@@ -22,17 +25,68 @@ impl Tools {
         for (index, tool) in list.iter().enumerate() {
             check(index, tool)?;
         }
-        match choice.map(Value::as_str) {
-            None | Some(Some("auto")) => Ok(Self { list: (!list.is_empty()).then_some(list) }),
-            Some(Some("none")) => Ok(Self::default()),
-            Some(_) => Err(ApiError::invalid("tool_choice", "is neither auto nor none")),
+        let invalid = |message: &str| Err(ApiError::invalid("tool_choice", message));
+        let functions = list.iter().map(|tool| &tool["function"]);
+        let required: Vec<Value> = match choice {
+            None | Some(Value::Null) => Vec::new(),
+            Some(Value::String(choice)) => match choice.as_str() {
+                "auto" => Vec::new(),
+                "none" => return Ok(Self::default()),
+                "required" if list.is_empty() => return invalid("needs tools"),
+                "required" => functions.cloned().collect(),
+                _ => return invalid("is none of auto, none, required and a function"),
+            },
+            Some(choice) => match choice["function"]["name"].as_str() {
+                Some(name) => match functions.cloned().find(|function| function["name"] == name) {
+                    Some(function) => vec![function],
+                    None => return invalid("names a function that is not in tools"),
+                },
+                None => return invalid("is none of auto, none, required and a function"),
+            },
+        };
+        Ok(Self { list: (!list.is_empty()).then_some(list), required })
+    }
+
+    /// What the answer must be where it must be a call: one, as the model writes it.
+    pub fn grammar(&self, text: &TextModel) -> Option<GrammarSource> {
+        if self.required.is_empty() {
+            return None;
         }
+        let format = self.format(text)?;
+        let arguments = if format == ToolFormat::Llama { "parameters" } else { "arguments" };
+        let call = |function: &Value| {
+            let parameters = match &function["parameters"] {
+                Value::Null => json!({"type": "object"}),
+                parameters => parameters.clone(),
+            };
+            json!({
+                "type": "object",
+                "properties": {"name": {"const": function["name"]}, arguments: parameters},
+                "required": ["name", arguments],
+                "additionalProperties": false,
+            })
+        };
+        let calls: Vec<Value> = self.required.iter().map(call).collect();
+        let call = json!({"anyOf": calls, "x-guidance": {"whitespace_flexible": false}});
+        let open = match text.tokenizer.token_id(format.open()) {
+            Some(mark) if text.tokenizer.is_special(mark) => format!("<[{mark}]>"),
+            _ => Value::from(format.open()).to_string(),
+        };
+        let start = match format {
+            ToolFormat::Hermes => format!(r#"{open} "\n" call "\n</tool_call>""#),
+            ToolFormat::Llama => "call".to_string(),
+            ToolFormat::Mistral => format!(r#"{open} "[" call "]""#),
+        };
+        Some(GrammarSource::Lark(format!("start: {start}\ncall: %json {call}\n")))
     }
 
     /// The form in which calls are to be found in the model's text, if they are.
     pub fn format(&self, text: &TextModel) -> Option<ToolFormat> {
         self.list.as_ref()?;
-        text.template.as_ref()?.tool_format()
+        let format = text.template.as_ref()?.tool_format();
+        // A call can be asked of a model that was never told how to write one.
+        let forced = (!self.required.is_empty()).then_some(ToolFormat::Hermes);
+        format.or(forced)
     }
 }
 

@@ -15,7 +15,7 @@ pub struct ChatFields {
     /// Functions that the model may call.
     #[serde(default)]
     pub tools: Option<Vec<Value>>,
-    /// `auto` or `none`.
+    /// `auto`, `none`, `required`, or a function that must be called.
     #[serde(default)]
     pub tool_choice: Option<Value>,
     /// The form of the answer: `text`, `json_object` or `json_schema`.

@@ -144,6 +144,42 @@ fn mistral_calls_begin_with_a_special_token() {
 }
 
 #[test]
+fn a_call_can_be_required_of_every_family() {
+    let parameters = json!({
+        "type": "object",
+        "properties": {"hot": {"type": "boolean"}},
+        "required": ["hot"],
+        "additionalProperties": false,
+    });
+    let tool = |name: &str| json!({"type": "function", "function": {"name": name, "parameters": parameters}});
+    let tools = json!([tool("weather"), tool("season")]);
+    let named = json!({"type": "function", "function": {"name": "season"}});
+    for template in [HERMES, LLAMA, MISTRAL, THINKS, ""] {
+        let server = server(template, &bytes("I would rather talk."));
+        for (choice, names) in
+            [(json!("required"), ["weather", "season"]), (named.clone(), ["season"; 2])]
+        {
+            let more = json!({"tools": tools, "tool_choice": choice, "max_tokens": 200});
+            let (message, reason) = ask(&server, more);
+            assert_eq!(reason, "tool_calls", "{template}: {message}");
+            let calls = without_ids(&message["tool_calls"]);
+            assert!(calls.len() == 1 && names.contains(&calls[0].0.as_str()), "{calls:?}");
+            assert!(calls[0].1["hot"].is_boolean(), "{calls:?}");
+        }
+        let choices = [
+            json!({"tools": [], "tool_choice": "required"}),
+            json!({"tool_choice": {"type": "function", "function": {"name": "nobody"}}}),
+            json!({"tool_choice": "required", "regex": "a"}),
+        ];
+        for more in choices {
+            let answer = server.post(CHAT, &request(more).to_string());
+            assert_eq!(answer.status, 400, "{answer:?}");
+            assert_eq!(answer.json()["error"]["param"], "tool_choice");
+        }
+    }
+}
+
+#[test]
 fn thoughts_are_told_apart() {
     let thinks = server(THINKS, &bytes("<think>\nHm, 1 < 2.\n</think>\n\nYes."));
     let (message, reason) = ask(&thinks, json!({}));
