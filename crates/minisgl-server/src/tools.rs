@@ -26,7 +26,7 @@ impl Tools {
             check(index, tool)?;
         }
         let invalid = |message: &str| Err(ApiError::invalid("tool_choice", message));
-        let functions = list.iter().map(|tool| &tool["function"]);
+        let mut functions = list.iter().map(|tool| &tool["function"]);
         let required: Vec<Value> = match choice {
             None | Some(Value::Null) => Vec::new(),
             Some(Value::String(choice)) => match choice.as_str() {
@@ -37,8 +37,8 @@ impl Tools {
                 _ => return invalid("is none of auto, none, required and a function"),
             },
             Some(choice) => match choice["function"]["name"].as_str() {
-                Some(name) => match functions.cloned().find(|function| function["name"] == name) {
-                    Some(function) => vec![function],
+                Some(name) => match functions.find(|function| function["name"] == name) {
+                    Some(function) => vec![function.clone()],
                     None => return invalid("names a function that is not in tools"),
                 },
                 None => return invalid("is none of auto, none, required and a function"),
