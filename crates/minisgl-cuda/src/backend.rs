@@ -179,6 +179,10 @@ impl Backend for CudaBackend {
             made
         }
         .map_err(|e| driver("cuGraphInstantiate", e))?;
+        // SAFETY: graph and stream live. Without this the first launch would do it.
+        unsafe { sys::cuGraphUpload(executable, self.device.stream) }
+            .result()
+            .map_err(|e| driver("cuGraphUpload", e))?;
         Ok(Some(Box::new(CudaGraph { device: Arc::clone(&self.device), executable })))
     }
 

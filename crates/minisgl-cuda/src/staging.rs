@@ -9,6 +9,9 @@ use crate::device::{Device, driver, fail};
 
 const SLOTS: usize = 32;
 const SLOT_BYTES: usize = 2 << 20;
+/// Downloads' buffers made ahead: a few steps' tokens.
+const READY: usize = 8;
+const READY_BYTES: usize = 4096;
 
 /// A ring of pinned buffers for uploads, and a pool of them for downloads.
 pub(crate) struct Staging {
@@ -20,7 +23,14 @@ pub(crate) struct Staging {
 impl Staging {
     pub(crate) fn new(device: &Arc<Device>) -> Result<Self> {
         let ring = (0..SLOTS).map(|_| Pinned::new(device, SLOT_BYTES)).collect::<Result<_>>()?;
-        Ok(Self { device: Arc::clone(device), ring: Mutex::new((ring, 0)), pool: Arc::default() })
+        // Page-locking memory stalls the card, so what a step's downloads need is there from the
+        // start. Ranks that share a card would even stall each other for good.
+        let pool = (0..READY).map(|_| Pinned::new(device, READY_BYTES)).collect::<Result<_>>()?;
+        Ok(Self {
+            device: Arc::clone(device),
+            ring: Mutex::new((ring, 0)),
+            pool: Arc::new(Mutex::new(pool)),
+        })
     }
 
     /// Copies `src` to the front of `dst`; `src` may be reused when this returns.

@@ -98,9 +98,10 @@ fn ranks_on_one_card_have_the_same_sums() {
     let Some(_card) = card("sums") else { return };
     for precision in [Precision::Native, Precision::Exact] {
         for ranks in [2, 4] {
+            let group = open(ranks, precision, Transport::Peers, 20);
             scope(|threads| {
-                for rank in open(ranks, precision, Transport::Peers, 20) {
-                    threads.spawn(move || check_sums(&rank));
+                for rank in &group {
+                    threads.spawn(move || check_sums(rank));
                 }
             });
         }
@@ -121,9 +122,10 @@ fn check_sums(rank: &Rank) {
 fn ranks_on_one_card_gather_columns() {
     let Some(_card) = card("gathers") else { return };
     for ranks in [2, 3] {
+        let group = open(ranks, Precision::Native, Transport::Peers, 20);
         scope(|threads| {
-            for rank in open(ranks, Precision::Native, Transport::Peers, 20) {
-                threads.spawn(move || check_gathers(&rank));
+            for rank in &group {
+                threads.spawn(move || check_gathers(rank));
             }
         });
     }
@@ -147,9 +149,10 @@ fn check_gathers(rank: &Rank) {
 #[test]
 fn captured_exchanges_replay() {
     let Some(_card) = card("graphs") else { return };
+    let group = open(2, Precision::Native, Transport::Peers, 20);
     scope(|threads| {
-        for rank in open(2, Precision::Native, Transport::Peers, 20) {
-            threads.spawn(move || check_graph(&rank, 5000));
+        for rank in &group {
+            threads.spawn(move || check_graph(rank, 5000));
         }
     });
 }
