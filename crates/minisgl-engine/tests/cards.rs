@@ -1,8 +1,9 @@
 //! Tensor parallelism on a card: ranks that share it, through the kernels that run between cards,
 //! write the stored tokens in f32. Skipped, with the reason, where there is no card.
 //!
-//! Missing: two ranks with graphs. On one card they stall each other, each queueing copies behind
-//! its own graph, until the time limit ends both.
+//! Missing: two ranks with graphs. On one card rank 0's first graph waits for rank 1's until the
+//! time limit ends both; the cause is not found yet. Whether copies queue up behind a waiting graph
+//! is the first thing to look at.
 
 #[expect(dead_code, reason = "not every test file uses all of it")]
 mod tiny;
