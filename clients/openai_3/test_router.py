@@ -28,6 +28,9 @@ def router(*workers):
         "health-failure-threshold": 1,
         "health-success-threshold": 1,
         "worker-startup-check-interval": 1,
+        # One failure is enough for its retry to go elsewhere.
+        "cb-failure-threshold": 1,
+        "cb-success-threshold": 1,
         "cb-timeout-duration-secs": 1,
     }
     command = [sys.executable, "-m", "sglang_router.launch_router"]
