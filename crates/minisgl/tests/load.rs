@@ -91,10 +91,9 @@ async fn an_open_loop_sends_at_its_own_times() {
     let (url, _signals) = server().await;
     let records = load(&url, synthetic().draw(), Arrivals::Poisson(200.0)).await;
     assert!(records.iter().all(|record| record.outcome.is_ok()));
-    assert!(records.is_sorted_by_key(|record| record.sent));
     // Forty arrivals at 200 a second take 0.2 s, give or take its 0.03 s of deviation and a
-    // machine that is late.
-    let last = records.last().unwrap().sent;
+    // machine that is late. Two that arrive together may overtake each other.
+    let last = records.iter().map(|record| record.sent).max().unwrap();
     assert!((Duration::from_millis(80)..Duration::from_secs(2)).contains(&last), "{last:?}");
 }
 
