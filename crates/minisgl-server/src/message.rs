@@ -102,7 +102,9 @@ fn give(format: ToolFormat, found: ToolPiece, piece: &mut dyn FnMut(Piece<'_>)) 
 
 fn call_id(format: ToolFormat) -> String {
     match format {
-        ToolFormat::Mistral => random_id("")[..MISTRAL_ID_LEN].to_string(),
+        ToolFormat::Mistral | ToolFormat::MistralArgs => {
+            random_id("")[..MISTRAL_ID_LEN].to_string()
+        }
         ToolFormat::Hermes | ToolFormat::Llama => random_id("call_"),
     }
 }

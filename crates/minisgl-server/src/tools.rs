@@ -52,32 +52,7 @@ impl Tools {
         if self.required.is_empty() {
             return None;
         }
-        let format = self.format(text)?;
-        let arguments = if format == ToolFormat::Llama { "parameters" } else { "arguments" };
-        let call = |function: &Value| {
-            let parameters = match &function["parameters"] {
-                Value::Null => json!({"type": "object"}),
-                parameters => parameters.clone(),
-            };
-            json!({
-                "type": "object",
-                "properties": {"name": {"const": function["name"]}, arguments: parameters},
-                "required": ["name", arguments],
-                "additionalProperties": false,
-            })
-        };
-        let calls: Vec<Value> = self.required.iter().map(call).collect();
-        let call = json!({"anyOf": calls, "x-guidance": {"whitespace_flexible": false}});
-        let open = match text.tokenizer.token_id(format.open()) {
-            Some(mark) if text.tokenizer.is_special(mark) => format!("<[{mark}]>"),
-            _ => Value::from(format.open()).to_string(),
-        };
-        let start = match format {
-            ToolFormat::Hermes => format!(r#"{open} "\n" call "\n</tool_call>""#),
-            ToolFormat::Llama => "call".to_string(),
-            ToolFormat::Mistral => format!(r#"{open} "[" call "]""#),
-        };
-        Some(GrammarSource::Lark(format!("start: {start}\ncall: %json {call}\n")))
+        Some(GrammarSource::Lark(calls(&self.required, self.format(text)?, text)))
     }
 
     /// The form in which calls are to be found in the model's text, if they are.
@@ -87,6 +62,58 @@ impl Tools {
         // A call can be asked of a model that was never told how to write one.
         let forced = (!self.required.is_empty()).then_some(ToolFormat::Hermes);
         format.or(forced)
+    }
+}
+
+/// A grammar of one call of one of these functions. Each schema is a document of its own in it, in
+/// which its references lead where they are meant to.
+fn calls(functions: &[Value], format: ToolFormat, text: &TextModel) -> String {
+    let open = mark(format.open(), text);
+    let args = mark("[ARGS]", text);
+    let start = match format {
+        ToolFormat::Hermes => format!(r#"{open} "\n" call "\n</tool_call>""#),
+        ToolFormat::Llama => "call".to_string(),
+        ToolFormat::Mistral => format!(r#"{open} "[" call "]""#),
+        ToolFormat::MistralArgs => format!("{open} call"),
+    };
+    let key = if format == ToolFormat::Llama { "parameters" } else { "arguments" };
+    let (mut names, mut rules) = (Vec::new(), String::new());
+    for (index, function) in functions.iter().enumerate() {
+        let name = &function["name"];
+        let call = match format {
+            ToolFormat::MistralArgs => format!("{name} {args} arguments_{index}"),
+            _ => {
+                let head = Value::from(format!(r#"{{"name": {name}, "{key}": "#));
+                format!(r#"{head} arguments_{index} "}}""#)
+            }
+        };
+        let schema = arguments_schema(&function["parameters"]);
+        rules += &format!("call_{index}: {call}\narguments_{index}: %json {schema}\n");
+        names.push(format!("call_{index}"));
+    }
+    format!("start: {start}\ncall: {}\n{rules}", names.join(" | "))
+}
+
+/// Arguments are an object, whatever the schema leaves open.
+fn arguments_schema(parameters: &Value) -> Value {
+    let mut schema = match parameters {
+        Value::Null => json!({}),
+        parameters => parameters.clone(),
+    };
+    if let Some(schema) = schema.as_object_mut() {
+        if !schema.contains_key("$ref") {
+            schema.entry("type").or_insert(json!("object"));
+        }
+        schema.insert("x-guidance".to_string(), json!({"whitespace_flexible": false}));
+    }
+    schema
+}
+
+/// A token, where the vocabulary has a special one for these words; else the words.
+fn mark(words: &str, text: &TextModel) -> String {
+    match text.tokenizer.token_id(words) {
+        Some(id) if text.tokenizer.is_special(id) => format!("<[{id}]>"),
+        _ => Value::from(words).to_string(),
     }
 }
 

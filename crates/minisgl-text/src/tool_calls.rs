@@ -13,6 +13,8 @@ pub enum ToolFormat {
     Llama,
     /// Mistral: `[TOOL_CALLS][{"name": …, "arguments": …}, …]`.
     Mistral,
+    /// Mistral since 2025: `[TOOL_CALLS]name[ARGS]{…}`, one for each call.
+    MistralArgs,
 }
 
 /// A piece of a model's text.
@@ -59,6 +61,9 @@ const HERMES_OPEN: &str = "<tool_call>";
 const HERMES_CLOSE: &str = "</tool_call>";
 const LLAMA_OPEN: &str = "<|python_tag|>";
 const MISTRAL_OPEN: &str = "[TOOL_CALLS]";
+const MISTRAL_ARGS: &str = "[ARGS]";
+/// Between name and arguments in some of these models; what is behind it is of no use.
+const MISTRAL_ID: &str = "[CALL_ID]";
 
 impl ToolFormat {
     /// The form that a chat template asks for, if it knows tools.
@@ -66,7 +71,8 @@ impl ToolFormat {
         if template.contains(HERMES_OPEN) {
             Some(Self::Hermes)
         } else if template.contains(MISTRAL_OPEN) {
-            Some(Self::Mistral)
+            let has_args = template.contains(MISTRAL_ARGS);
+            Some(if has_args { Self::MistralArgs } else { Self::Mistral })
         } else if template.contains(LLAMA_OPEN) || template.contains("\"parameters\": ") {
             Some(Self::Llama)
         } else {
@@ -79,7 +85,7 @@ impl ToolFormat {
         match self {
             Self::Hermes => HERMES_OPEN,
             Self::Llama => LLAMA_OPEN,
-            Self::Mistral => MISTRAL_OPEN,
+            Self::Mistral | Self::MistralArgs => MISTRAL_OPEN,
         }
     }
 }
@@ -158,7 +164,14 @@ fn parse(format: ToolFormat, text: &str) -> Option<Vec<Call<'_>>> {
             let body = text.strip_prefix(HERMES_OPEN)?;
             vec![serde_json::from_str(body.strip_suffix(HERMES_CLOSE).unwrap_or(body)).ok()?]
         }
-        ToolFormat::Mistral => serde_json::from_str(text.strip_prefix(MISTRAL_OPEN)?).ok()?,
+        // A model of either kind may write what it was trained on, whatever its template says.
+        ToolFormat::Mistral | ToolFormat::MistralArgs => {
+            let body = text.strip_prefix(MISTRAL_OPEN)?;
+            match body.trim_start().starts_with('[') {
+                true => serde_json::from_str(body).ok()?,
+                false => parse_args(body)?,
+            }
+        }
         ToolFormat::Llama => {
             let mut rest = text.strip_prefix(LLAMA_OPEN).unwrap_or(text);
             let mut calls = Vec::new();
@@ -180,6 +193,22 @@ fn parse(format: ToolFormat, text: &str) -> Option<Vec<Call<'_>>> {
             && serde_json::from_str::<Value>(call.arguments.get()).is_ok_and(|v| v.is_object())
     };
     (!calls.is_empty() && calls.iter().all(is_object)).then_some(calls)
+}
+
+/// `name[ARGS]{…}`, and more of them, each behind another opening.
+fn parse_args(mut rest: &str) -> Option<Vec<Call<'_>>> {
+    let mut calls = Vec::new();
+    loop {
+        let (head, body) = rest.split_once(MISTRAL_ARGS)?;
+        let name = head.split(MISTRAL_ID).next()?.trim().to_string();
+        let mut values = serde_json::Deserializer::from_str(body).into_iter();
+        calls.push(Call { name, arguments: values.next()?.ok()? });
+        rest = body[values.byte_offset()..].trim_start();
+        if rest.is_empty() {
+            return Some(calls);
+        }
+        rest = rest.strip_prefix(MISTRAL_OPEN)?;
+    }
 }
 
 /// Whether one of the two begins with the other.
@@ -223,9 +252,9 @@ mod tests {
 
     #[test]
     fn texts_are_parsed_the_same_however_they_are_cut() {
-        use ToolFormat::{Hermes, Llama, Mistral};
+        use ToolFormat::{Hermes, Llama, Mistral, MistralArgs};
         let one = r#"{"a": "é<b>"}"#;
-        let table: [Case<'_>; 14] = [
+        let table: [Case<'_>; 19] = [
             (
                 Hermes,
                 "Let me look.\n<tool_call>\n{\"name\": \"f\", \"arguments\": {\"a\": \"é<b>\"}}\n</tool_call>\n<tool_call>\n{\"name\": \"g\", \"arguments\": {}}\n</tool_call>",
@@ -260,6 +289,16 @@ mod tests {
                 r#"[TOOL_CALLS][{"name": "f", "arguments": "x"}]"#,
                 &[],
             ),
+            (
+                MistralArgs,
+                r#"So: [TOOL_CALLS]f[ARGS]{"a": "é<b>"}[TOOL_CALLS]g[CALL_ID]1a2[ARGS]{}"#,
+                "So: ",
+                &[("f", one), ("g", "{}")],
+            ),
+            (MistralArgs, r#"[TOOL_CALLS][{"name": "f", "arguments": {}}]"#, "", &[("f", "{}")]),
+            (MistralArgs, "[TOOL_CALLS]f[ARGS]{", "[TOOL_CALLS]f[ARGS]{", &[]),
+            (MistralArgs, "[TOOL_CALLS][ARGS]{}", "[TOOL_CALLS][ARGS]{}", &[]),
+            (MistralArgs, "[TOOL_CALLS]f[ARGS]{} so", "[TOOL_CALLS]f[ARGS]{} so", &[]),
         ];
         for (format, text, content, calls) in table {
             let calls = calls.iter().map(|&(n, a)| (n.to_string(), a.to_string())).collect();
@@ -292,6 +331,8 @@ mod tests {
     fn templates_say_their_format() {
         assert_eq!(ToolFormat::detect("within <tool_call></tool_call>"), Some(ToolFormat::Hermes));
         assert_eq!(ToolFormat::detect("{{ '[TOOL_CALLS]' }}"), Some(ToolFormat::Mistral));
+        let newer = "{{ '[TOOL_CALLS]' + name + '[ARGS]' }}";
+        assert_eq!(ToolFormat::detect(newer), Some(ToolFormat::MistralArgs));
         assert_eq!(ToolFormat::detect("{{ \"<|python_tag|>\" }}"), Some(ToolFormat::Llama));
         assert_eq!(ToolFormat::detect("{{ messages }}"), None);
     }

@@ -11,6 +11,7 @@ const CHAT: &str = "/v1/chat/completions";
 const HERMES: &str = "{% if tools %}Call within <tool_call></tool_call>.{% endif %}";
 const LLAMA: &str = "{% if tools %}<|python_tag|>{% endif %}";
 const MISTRAL: &str = "{% if tools %}{{ '[TOOL_CALLS]' }} before calls.{% endif %}";
+const MISTRAL_ARGS: &str = "{% if tools %}{{ '[TOOL_CALLS]name[ARGS]' }} before calls.{% endif %}";
 const THINKS: &str = "{% if opened is defined %}<think>\n{% endif %}{# <think> #}";
 
 /// The id of `[TOOL_CALLS]`, which is a special token.
@@ -144,17 +145,32 @@ fn mistral_calls_begin_with_a_special_token() {
 }
 
 #[test]
+fn newer_mistral_calls_have_their_arguments_behind_the_name() {
+    let mut answer = vec![TOOL_CALLS];
+    answer.extend(bytes("weather[ARGS]{\"city\": \"Oslo\"}"));
+    answer.push(TOOL_CALLS);
+    answer.extend(bytes("season[ARGS]{}"));
+    let server = server(MISTRAL_ARGS, &answer);
+    let (message, reason) = ask(&server, json!({}));
+    assert_eq!(reason, "tool_calls");
+    let expected = [call("weather", json!({"city": "Oslo"})), call("season", json!({}))];
+    assert_eq!(without_ids(&message["tool_calls"]), expected);
+    assert_eq!(message["tool_calls"][0]["id"].as_str().unwrap().len(), 9);
+}
+
+#[test]
 fn a_call_can_be_required_of_every_family() {
     let parameters = json!({
         "type": "object",
-        "properties": {"hot": {"type": "boolean"}},
+        "properties": {"hot": {"$ref": "#/$defs/truth"}},
         "required": ["hot"],
         "additionalProperties": false,
+        "$defs": {"truth": {"type": "boolean"}},
     });
     let tool = |name: &str| json!({"type": "function", "function": {"name": name, "parameters": parameters}});
     let tools = json!([tool("weather"), tool("season")]);
     let named = json!({"type": "function", "function": {"name": "season"}});
-    for template in [HERMES, LLAMA, MISTRAL, THINKS, ""] {
+    for template in [HERMES, LLAMA, MISTRAL, MISTRAL_ARGS, THINKS, ""] {
         let server = server(template, &bytes("I would rather talk."));
         for (choice, names) in
             [(json!("required"), ["weather", "season"]), (named.clone(), ["season"; 2])]
