@@ -116,8 +116,8 @@ impl ChoiceText {
         self.usage.completion_tokens += 1;
         stats.generated_tokens.fetch_add(1, Relaxed);
         match self.last_token_at.replace(now) {
-            Some(last) => stats.inter_token_latency.observe(now - last),
-            None => stats.time_to_first_token.observe(now - self.submitted_at),
+            Some(last) => stats.inter_token_latency.observe_duration(now - last),
+            None => stats.time_to_first_token.observe_duration(now - self.submitted_at),
         }
     }
 
@@ -136,7 +136,7 @@ impl ChoiceText {
         let outcome = Outcome::from(&reason);
         stats.count_end(outcome);
         if matches!(outcome, Outcome::Stop | Outcome::Length) {
-            stats.end_to_end_latency.observe(self.submitted_at.elapsed());
+            stats.end_to_end_latency.observe_duration(self.submitted_at.elapsed());
         }
         let finish = Finish { reason, stop, usage: self.usage };
         self.mailbox.deliver(self.choice, text, token, Some(finish));

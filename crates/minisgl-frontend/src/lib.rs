@@ -26,4 +26,4 @@ pub use frontend::{Frontend, FrontendOptions};
 pub use generation::{Event, Generation, Usage};
 pub use grammar::{Grammar, GrammarError, GrammarSource};
 pub use request::{GenerateRequest, Prompt, SubmitError};
-pub use stats::{FrontendStats, Histogram, Outcome};
+pub use stats::{FrontendStats, Outcome};

@@ -49,10 +49,9 @@ impl LogitEdits {
         self.tokens.entry(token).or_default().generated += 1;
     }
 
-    /// The edits for the token behind `generated` ones.
-    pub fn at(&self, generated: usize) -> Vec<LogitEdit> {
+    /// The edits for the next token; `too_early` if none that ends the request may come.
+    pub fn at(&self, too_early: bool) -> Vec<LogitEdit> {
         let params = &*self.params;
-        let too_early = generated < params.min_tokens as usize;
         let edit = |(token, edited): (&u32, &Edited)| {
             let seen = edited.in_prompt || edited.generated > 0;
             let mut bias = edited.bias - params.frequency_penalty * edited.generated as f32;

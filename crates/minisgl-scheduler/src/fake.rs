@@ -289,7 +289,9 @@ fn best(liked: u32, vocab_size: u32, adjustment: &RowAdjustment) -> u32 {
     let candidates = (0..vocab_size).map(|offset| (liked + offset) % vocab_size);
     let allowed = candidates.filter(|token| is_allowed(*token));
     let better = |best: u32, token| if logit(token) > logit(best) { token } else { best };
-    allowed.reduce(better).unwrap_or(liked)
+    let best = allowed.reduce(better).unwrap_or(liked);
+    assert!(logit(best).is_finite(), "no token may come");
+    best
 }
 
 /// Numbers that depend on `from` alone.

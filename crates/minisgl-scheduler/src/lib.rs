@@ -19,7 +19,7 @@
 //! 4. [`memory`]: the KV cache as requests use it, over [`pages`] (who holds which), [`cache`] (what
 //!    a prefix cache is), [`radix`] and `naive`.
 //! 5. [`plan`] and [`engine`]: the contract with the engine, `StepPlan` in and `StepResult` out.
-//! 6. [`stats`]: what can be seen from outside. [`fake`]: an engine without a model, on which all of
+//! 6. [`stats`], [`histogram`]: what can be seen from outside. [`fake`]: an engine without a model, on which all of
 //!    this is tested.
 //!
 //! What always holds:
@@ -36,6 +36,7 @@ pub mod cache;
 mod edits;
 pub mod engine;
 pub mod fake;
+pub mod histogram;
 mod intake;
 pub mod memory;
 pub mod message;

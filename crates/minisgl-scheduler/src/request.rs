@@ -142,13 +142,24 @@ impl Request {
 
     /// What changes the logits of its next token. An error ends it.
     pub fn adjustment(&mut self) -> Result<Adjustment, FinishReason> {
-        let generated = self.generated();
-        let edits = self.edits.as_ref().map(|edits| edits.at(generated)).unwrap_or_default();
         let mask = match &mut self.constraint {
             Some(constraint) => contained(|| constraint.mask())?,
             None => None,
         };
+        // Where a grammar leaves nothing but an end, it ends there, `min_tokens` or not.
+        let must_stop = mask.as_ref().is_some_and(|mask| self.only_stops(mask));
+        let too_early = self.generated() < self.params.min_tokens as usize && !must_stop;
+        let edits = self.edits.as_ref().map(|edits| edits.at(too_early)).unwrap_or_default();
         Ok(Adjustment { edits, mask })
+    }
+
+    /// Whether every token that a mask allows is one that ends the request.
+    fn only_stops(&self, mask: &[u32]) -> bool {
+        let stops = |word: usize| {
+            let in_word = self.stop_ids.iter().filter(|&&id| id as usize / 32 == word);
+            in_word.fold(0, |bits, id| bits | 1 << (id % 32))
+        };
+        mask.iter().enumerate().all(|(word, &bits)| bits == 0 || bits & !stops(word) == 0)
     }
 
     /// Takes a new token, and says whether it was the last.

@@ -64,6 +64,8 @@ pub struct Scheduler<E: Engine, S: OutputSink> {
     pub(crate) admission: Admission,
     pub(crate) steps_launched: u64,
     pub(crate) steps_committed: u64,
+    /// When the tokens of the step before came.
+    step_ended_at: Instant,
     /// Set when no new request is taken.
     pub(crate) draining: bool,
     pub(crate) outputs: Vec<Output>,
@@ -96,6 +98,7 @@ impl<E: Engine, S: OutputSink> Scheduler<E, S> {
             admission: Admission::default(),
             steps_launched: 0,
             steps_committed: 0,
+            step_ended_at: Instant::now(),
             draining: false,
             outputs: Vec::new(),
             engine,
@@ -226,6 +229,12 @@ impl<E: Engine, S: OutputSink> Scheduler<E, S> {
         times.wait = finished_at - times.waited_at;
         times.commit = finished_at.elapsed();
         add(&self.stats.steps, 1);
+        let histograms = &self.stats.step_histograms;
+        let begun_at = self.step_ended_at.max(times.planned_at + times.plan);
+        histograms.time.observe_duration(finished_at.saturating_duration_since(begun_at));
+        histograms.rows.observe(times.rows as f64);
+        histograms.tokens.observe(times.tokens as f64);
+        self.step_ended_at = finished_at;
         set(&self.stats.batch_rows, times.rows);
         set(&self.stats.batch_tokens, times.tokens);
         if let Some(observer) = &self.options.observer {

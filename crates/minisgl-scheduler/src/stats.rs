@@ -3,6 +3,8 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use crate::histogram::Histogram;
+
 /// Gauges and counters, written by the scheduler's thread alone and read by anybody.
 #[derive(Debug, Default)]
 pub struct SchedulerStats {
@@ -34,6 +36,29 @@ pub struct SchedulerStats {
     pub finished: AtomicU64,
     /// Counter: times that a running request had to give its pages up.
     pub preemptions: AtomicU64,
+    /// All steps so far.
+    pub step_histograms: StepHistograms,
+}
+
+/// How large steps were, and how long they took.
+#[derive(Debug)]
+pub struct StepHistograms {
+    /// From a step's launch, or the end of the step before if that is later, to its tokens.
+    pub time: Histogram,
+    /// Requests in a step.
+    pub rows: Histogram,
+    /// Tokens that a step computed.
+    pub tokens: Histogram,
+}
+
+impl Default for StepHistograms {
+    fn default() -> Self {
+        Self {
+            time: Histogram::of_seconds(),
+            rows: Histogram::of_counts(),
+            tokens: Histogram::of_counts(),
+        }
+    }
 }
 
 /// Sets a gauge.

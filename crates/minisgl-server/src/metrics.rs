@@ -7,7 +7,8 @@ use std::sync::atomic::Ordering::Relaxed;
 use axum::extract::State;
 use axum::http::header;
 use axum::response::{IntoResponse, Response};
-use minisgl_frontend::{Histogram, Outcome};
+use minisgl_frontend::Outcome;
+use minisgl_scheduler::histogram::Histogram;
 
 use crate::app::App;
 use crate::info::load;
@@ -34,6 +35,18 @@ pub async fn metrics(State(app): State<Arc<App>>) -> Response {
         &["minisgl_request_duration_seconds", "vllm:e2e_request_latency_seconds"],
         "From submission to the end",
         &stats.end_to_end_latency,
+    );
+    let steps = &app.frontend.scheduler_stats().step_histograms;
+    page.histogram(
+        &["minisgl_step_duration_seconds"],
+        "From a step's launch, or the end of the one before, to its tokens",
+        &steps.time,
+    );
+    page.histogram(&["minisgl_batch_requests"], "Requests in a step", &steps.rows);
+    page.histogram(
+        &["minisgl_batch_tokens", "vllm:iteration_tokens_total"],
+        "Tokens computed by a step",
+        &steps.tokens,
     );
     ([(header::CONTENT_TYPE, CONTENT_TYPE)], page.0).into_response()
 }

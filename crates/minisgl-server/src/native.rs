@@ -90,11 +90,12 @@ pub async fn generate(State(app): State<Arc<App>>, request: Request) -> Result<R
 fn form(app: &App, fields: &NativeSampling) -> Result<Option<Grammar>, ApiError> {
     let renamed = |error: ApiError| error.rename(|param| format!("sampling_params.{param}"));
     let Some(schema) = &fields.json_schema else {
-        return validate::form(app, None, fields.regex.as_deref(), None).map_err(renamed);
+        let (regex, grammar) = (fields.regex.as_deref(), fields.grammar.as_deref());
+        return validate::form(app, None, regex, grammar).map_err(renamed);
     };
     const NAME: &str = "sampling_params.json_schema";
-    if fields.regex.is_some() {
-        return Err(ApiError::invalid(NAME, "and regex exclude each other"));
+    if fields.regex.is_some() || fields.grammar.is_some() {
+        return Err(ApiError::invalid(NAME, "and regex or grammar exclude each other"));
     }
     let schema = serde_json::from_str(schema);
     let schema = schema.map_err(|error| ApiError::invalid(NAME, error.to_string()))?;

@@ -68,6 +68,7 @@ pub fn controls(
     max_tokens_min: i64,
     vocab_size: usize,
 ) -> Result<Controls, ApiError> {
+    refuse_other_forms(fields)?;
     let (name, max_tokens) = match fields.max_completion_tokens {
         Some(max_tokens) => ("max_completion_tokens", Some(max_tokens)),
         None => ("max_tokens", fields.max_tokens),
@@ -132,6 +133,8 @@ pub fn native_controls(fields: &NativeSampling, vocab_size: usize) -> Result<Con
         presence_penalty: fields.presence_penalty,
         frequency_penalty: fields.frequency_penalty,
         repetition_penalty: fields.repetition_penalty,
+        ebnf: fields.ebnf,
+        structural_tag: fields.structural_tag,
         ..Common::default()
     };
     controls(&common, 0, vocab_size).map_err(|error| {
@@ -182,6 +185,25 @@ pub fn form(
 /// If it is wrong, too large or too complex.
 pub fn compile(app: &App, name: &'static str, form: &GrammarSource) -> Result<Grammar, ApiError> {
     app.frontend.compile(form).map_err(|error| ApiError::invalid(name, error.to_string()))
+}
+
+/// Forms in notations of other servers.
+fn refuse_other_forms(fields: &Common) -> Result<(), ApiError> {
+    let others = [
+        ("ebnf", fields.ebnf, "grammar, in Lark's notation"),
+        ("structural_tag", fields.structural_tag, "response_format, regex or grammar"),
+        ("structured_outputs", fields.structured_outputs, "response_format, regex or grammar"),
+        ("guided_json", fields.guided_json, "response_format"),
+        ("guided_regex", fields.guided_regex, "regex"),
+        ("guided_choice", fields.guided_choice, "regex"),
+        ("guided_grammar", fields.guided_grammar, "grammar, in Lark's notation"),
+    ];
+    match others.into_iter().find(|(_, given, _)| given.is_some()) {
+        Some((name, _, instead)) => {
+            Err(ApiError::invalid(name, format!("is not supported; use {instead}")))
+        }
+        None => Ok(()),
+    }
 }
 
 fn response_format_source(format: &Value) -> Result<Option<GrammarSource>, ApiError> {

@@ -1,6 +1,7 @@
 //! `/generate`, SGLang's own form.
 
 use schemars::JsonSchema;
+use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 
 use super::{OneOrMany, Prompts, or_null};
@@ -77,6 +78,14 @@ pub struct NativeSampling {
     pub regex: Option<String>,
     /// A JSON schema, as text, that the whole text satisfies.
     pub json_schema: Option<String>,
+    /// A grammar in Lark's notation that the whole text follows.
+    pub grammar: Option<String>,
+    /// Another notation of grammars; refused.
+    #[schemars(skip)]
+    pub ebnf: Option<IgnoredAny>,
+    /// As `ebnf`.
+    #[schemars(skip)]
+    pub structural_tag: Option<IgnoredAny>,
 }
 
 /// The whole answer.

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use schemars::JsonSchema;
 use serde::Deserialize;
+use serde::de::IgnoredAny;
 
 use super::{OneOrMany, StreamOptions, or_null};
 
@@ -58,4 +59,25 @@ pub struct Common {
     pub repetition_penalty: Option<f64>,
     /// From token id to a bias of -100 to 100.
     pub logit_bias: Option<BTreeMap<String, f64>>,
+    /// SGLang's notation of grammars; refused, for an answer that ignored it would be wrong.
+    #[schemars(skip)]
+    pub ebnf: Option<IgnoredAny>,
+    /// As `ebnf`: what other servers call their forms.
+    #[schemars(skip)]
+    pub structural_tag: Option<IgnoredAny>,
+    /// As `ebnf`.
+    #[schemars(skip)]
+    pub structured_outputs: Option<IgnoredAny>,
+    /// As `ebnf`.
+    #[schemars(skip)]
+    pub guided_json: Option<IgnoredAny>,
+    /// As `ebnf`.
+    #[schemars(skip)]
+    pub guided_regex: Option<IgnoredAny>,
+    /// As `ebnf`.
+    #[schemars(skip)]
+    pub guided_choice: Option<IgnoredAny>,
+    /// As `ebnf`.
+    #[schemars(skip)]
+    pub guided_grammar: Option<IgnoredAny>,
 }

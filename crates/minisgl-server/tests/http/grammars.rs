@@ -67,11 +67,47 @@ fn text_and_native_forms_bind_too() {
     let text = server.post(TEXT, &body.to_string()).json()["choices"][0]["text"].clone();
     let bound: Value = serde_json::from_str(text.as_str().unwrap()).unwrap();
     assert!(bound["ok"].is_boolean());
-    for params in [json!({"regex": "a{3}"}), json!({"json_schema": r#"{"const": "aaa"}"#})] {
+    for params in [
+        json!({"regex": "a{3}"}),
+        json!({"json_schema": r#"{"const": "aaa"}"#}),
+        json!({"grammar": "start: \"aaa\""}),
+    ] {
         let body = json!({"text": "hi", "sampling_params": params});
         let answer = server.post(NATIVE, &body.to_string()).json();
         assert!(["aaa", "\"aaa\""].contains(&answer["text"].as_str().unwrap()), "{answer}");
     }
+}
+
+#[test]
+fn the_end_of_a_form_ends_what_asks_for_more_tokens() {
+    let server = Setup::says("Sure!").start();
+    let body = json!({"prompt": "hi", "max_tokens": 100, "min_tokens": 50, "regex": "yes"});
+    let choice = server.post(TEXT, &body.to_string()).json()["choices"][0].clone();
+    assert_eq!((&choice["text"], &choice["finish_reason"]), (&json!("yes"), &json!("stop")));
+    // Where the form may go on, it does.
+    let body = json!({"prompt": "hi", "max_tokens": 100, "min_tokens": 50, "regex": "(Sure!)+"});
+    let choice = server.post(TEXT, &body.to_string()).json()["choices"][0].clone();
+    assert_eq!(choice["text"], "Sure!".repeat(10), "{choice}");
+    server.settle();
+}
+
+#[test]
+fn forms_in_other_notations_are_refused_and_not_ignored() {
+    let server = Setup::says("ok").start();
+    for name in ["ebnf", "structural_tag", "structured_outputs", "guided_json", "guided_choice"] {
+        let mut body = json!({"prompt": "hi", "max_tokens": 2});
+        body[name] = json!("root ::= \"a\"");
+        let answer = server.post(TEXT, &body.to_string());
+        assert_eq!((answer.status, &answer.json()["error"]["param"]), (400, &json!(name)));
+        body[name] = Value::Null;
+        assert_eq!(server.post(TEXT, &body.to_string()).status, 200, "{name}: null");
+    }
+    let body = json!({"text": "hi", "sampling_params": {"ebnf": "root ::= \"a\""}});
+    let answer = server.post(NATIVE, &body.to_string());
+    assert_eq!(answer.status, 400, "{answer:?}");
+    let error = answer.json()["error"].clone();
+    assert_eq!(error["param"], "sampling_params.ebnf");
+    assert!(error["message"].as_str().unwrap().contains("Lark"), "{error}");
 }
 
 #[test]

@@ -1,6 +1,8 @@
 //! Shapes and meanings of requests and answers, field by field.
 
 use crate::harness::Setup;
+use std::sync::atomic::Ordering::Relaxed;
+
 use serde_json::{Value, json};
 
 const CHAT: &str = "/v1/chat/completions";
@@ -261,26 +263,65 @@ fn text_goes_to_tokens_and_back() {
 
 #[test]
 fn metrics_carry_every_name_that_gateways_read() {
-    let server = Setup::says("abc").start();
+    let mut setup = Setup::says("abc");
+    // With it, a step more is launched than has tokens.
+    setup.scheduler.overlap = false;
+    let server = setup.start();
     server.post(CHAT, &chat(json!({})));
     server.settle();
     let metrics = server.get("/metrics");
     assert!(metrics.head.contains("text/plain; version=0.0.4"));
-    for name in [
+    // Four tokens are four steps: the first has the prompt, and each has one request.
+    for line in [
         "vllm:num_requests_waiting 0",
         "vllm:num_requests_running 0",
         "vllm:kv_cache_usage_perc 0",
         "sglang:num_queue_reqs 0",
         "sglang:num_running_reqs 0",
         "sglang:token_usage 0",
+        "sglang:cache_hit_rate 0",
+        "minisgl_requests_running 0",
+        "minisgl_requests_waiting 0",
+        "minisgl_kv_usage_ratio 0",
+        "minisgl_cache_hit_ratio 0",
+        "minisgl_preemptions_total 0",
+        "minisgl_healthy 1",
         "minisgl_requests_total{outcome=\"stop\"} 1",
+        "minisgl_requests_total{outcome=\"abort\"} 0",
         "minisgl_generation_tokens_total 4",
         "minisgl_time_to_first_token_seconds_count 1",
         "minisgl_inter_token_latency_seconds_bucket{le=\"+Inf\"} 3",
+        "minisgl_request_duration_seconds_count 1",
+        "minisgl_steps_total 4",
+        "minisgl_step_duration_seconds_count 4",
+        "minisgl_batch_requests_bucket{le=\"1\"} 4",
+        "minisgl_batch_requests_sum 4",
+        "minisgl_batch_tokens_bucket{le=\"1\"} 3",
+        "minisgl_batch_tokens_count 4",
+        "vllm:iteration_tokens_total_count 4",
     ] {
-        let has = metrics.body.lines().any(|line| line == name);
-        assert!(has, "{name} is not in\n{}", metrics.body);
+        let has = metrics.body.lines().any(|is| is == line);
+        assert!(has, "{line} is not in\n{}", metrics.body);
     }
+    let prompt = server.frontend.stats().prompt_tokens.load(Relaxed);
+    for line in ["minisgl_prompt_tokens_total", "vllm:prompt_tokens_total"] {
+        assert!(prompt > 1 && metrics.body.contains(&format!("\n{line} {prompt}\n")));
+    }
+}
+
+#[test]
+fn the_dashboard_shows_metrics_that_there_are() {
+    let dashboard = include_str!("../../../../dashboards/minisgl.json");
+    let page = Setup::default().start().get("/metrics").body;
+    let is_name = |letter: char| letter.is_ascii_lowercase() || letter == '_';
+    let mut shown = 0;
+    for (at, _) in dashboard.match_indices("minisgl_") {
+        let name = dashboard[at..].split(|letter| !is_name(letter)).next().unwrap();
+        let has = |line: &str| line.split(['{', ' ']).next() == Some(name);
+        assert!(page.lines().any(has), "{name} is not in\n{page}");
+        shown += 1;
+    }
+    assert!(shown > 20, "{shown}");
 }
 
 #[test]
