@@ -1,10 +1,12 @@
-//! A rank that fails, panics or hangs under the scheduler: every client is told within the time
-//! limit of the collective, and the engine ends.
+//! A rank that fails, panics or hangs: every client is told within the time limit of the collective,
+//! the engine ends, and who comes later is refused.
 
 #[expect(dead_code, reason = "the stored logits are for other tests")]
 mod tiny;
+#[expect(dead_code, reason = "its ids are for other tests")]
+#[path = "../../minisgl-frontend/tests/tiny/mod.rs"]
+mod tiny_text;
 
-use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex};
@@ -12,13 +14,18 @@ use std::time::{Duration, Instant};
 
 use minisgl_cpu::{CpuBackend, CpuOptions, shared_memory_group};
 use minisgl_engine::{Checkpoint, EngineOptions, KvSize, LocalEngine};
-use minisgl_scheduler::message::{Command, FinishReason, NewRequest, Output, RequestId};
+use minisgl_frontend::{
+    Event, Frontend, FrontendOptions, GenerateRequest, Generation, Prompt, SubmitError,
+};
+use minisgl_scheduler::message::FinishReason;
 use minisgl_scheduler::sampling::SamplingParams;
-use minisgl_scheduler::{Scheduler, SchedulerOptions};
-use minisgl_tensor::{Backend, BackendError, Collective, Precision, Result, Tensor};
+use minisgl_tensor::{Backend, BackendError, Collective, Precision, Tensor};
 use tiny::Tiny;
 
 const TIMEOUT: Duration = Duration::from_secs(1);
+
+/// What a slow machine may take longer.
+const SLACK: Duration = Duration::from_secs(3);
 
 #[derive(Clone, Copy, Debug)]
 enum Fault {
@@ -38,7 +45,7 @@ struct Faulty {
 }
 
 impl Faulty {
-    fn meet(&self) -> Result<()> {
+    fn meet(&self) -> Result<(), BackendError> {
         if self.meetings.fetch_add(1, Ordering::SeqCst) != self.at {
             return Ok(());
         }
@@ -62,12 +69,12 @@ impl Collective for Faulty {
         self.inner.size()
     }
 
-    fn all_reduce(&self, tensor: &Tensor) -> Result<()> {
+    fn all_reduce(&self, tensor: &Tensor) -> Result<(), BackendError> {
         self.meet()?;
         self.inner.all_reduce(tensor)
     }
 
-    fn all_gather_cols(&self, part: &Tensor, out: &Tensor) -> Result<()> {
+    fn all_gather_cols(&self, part: &Tensor, out: &Tensor) -> Result<(), BackendError> {
         self.meet()?;
         self.inner.all_gather_cols(part, out)
     }
@@ -94,12 +101,22 @@ fn engine(tiny: &Tiny, faulty: usize, fault: Fault, hang: Receiver<()>) -> Local
     LocalEngine::new(Arc::new(Checkpoint::open(tiny.folder()).unwrap()), &options, ranks).unwrap()
 }
 
-fn endless(tiny: &Tiny, id: u64) -> Command {
+fn submit(frontend: &Frontend, tiny: &Tiny) -> Result<Generation, SubmitError> {
     let params = SamplingParams { max_tokens: 40, ignore_eos: true, ..SamplingParams::default() };
-    let prompt = tiny.prompt.clone();
-    let id = RequestId(id);
-    let request = NewRequest { id, prompt, params, prompt_logprobs: None, constraint: None };
-    Command::Submit(Box::new(request))
+    frontend.submit(GenerateRequest {
+        params,
+        ..GenerateRequest::new(Prompt::Tokens(tiny.prompt.clone()))
+    })
+}
+
+/// Why a request ended, after everything else that came of it.
+fn end(mut generation: Generation) -> FinishReason {
+    loop {
+        match generation.blocking_recv().expect("every request is told its end") {
+            Event::Finished { reason, .. } => return reason,
+            _ => continue,
+        }
+    }
 }
 
 #[test]
@@ -109,35 +126,28 @@ fn every_client_of_a_broken_rank_gets_an_error_in_time() {
         for faulty in [0, 1] {
             let (let_go, hang) = channel();
             let engine = engine(&tiny, faulty, fault, hang);
-            let (commands, receiver) = channel();
-            // Four run, the others wait.
-            (0..7).for_each(|id| commands.send(endless(&tiny, id)).unwrap());
-            let ends = Arc::new(Mutex::new(BTreeMap::new()));
-            let noted = Arc::clone(&ends);
-            let sink = move |outputs: Vec<Output>| {
-                for output in outputs {
-                    if let Some(reason) = output.finish {
-                        noted.lock().unwrap().insert(output.id.0, reason);
-                    }
-                }
-            };
+            let options = FrontendOptions::default();
             let started = Instant::now();
-            let scheduler = Scheduler::new(engine, SchedulerOptions::default(), receiver, sink);
-            let error = scheduler.run().unwrap_err().to_string();
-            // The limit, the grace for those that hang, and some for a slow machine.
-            assert!(started.elapsed() < TIMEOUT + Duration::from_secs(5), "{fault:?}, {faulty}");
+            let frontend = Frontend::start(engine, tiny_text::text_model(), options).unwrap();
+            // Four run, the others wait.
+            let clients: Vec<_> = (0..7).map(|_| submit(&frontend, &tiny).unwrap()).collect();
+            let ends: Vec<FinishReason> = clients.into_iter().map(end).collect();
+            // The limit, and some for a slow machine.
+            assert!(started.elapsed() < TIMEOUT + SLACK, "{fault:?}, rank {faulty}");
             let said = match fault {
                 Fault::Fails => "pulled the plug",
                 Fault::Panics => "the test made this panic",
                 Fault::Hangs => "gone or late",
             };
-            assert!(error.contains(said), "{fault:?}, {faulty}: {error}");
-            let ends = ends.lock().unwrap();
-            assert_eq!(ends.len(), 7, "{fault:?}, rank {faulty}");
-            for reason in ends.values() {
-                assert!(matches!(reason, FinishReason::Error(text) if text.contains(said)));
+            for reason in ends {
+                assert!(matches!(&reason, FinishReason::Error(text) if text.contains(said)));
             }
-            assert!(commands.send(endless(&tiny, 9)).is_err(), "nobody takes requests any more");
+            // The engine ends, though one of its ranks may not.
+            frontend.join();
+            assert!(started.elapsed() < TIMEOUT + 2 * SLACK, "{fault:?}, rank {faulty}");
+            assert!(!frontend.is_healthy());
+            assert!(frontend.failure().unwrap().contains(said), "{:?}", frontend.failure());
+            assert!(matches!(submit(&frontend, &tiny), Err(SubmitError::Unhealthy(_))));
             drop(let_go);
         }
     }

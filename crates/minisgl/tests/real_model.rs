@@ -85,6 +85,7 @@ fn ways() -> Vec<(&'static str, RuntimeOptions)> {
         ("pages of 64", RuntimeOptions { page_size: Some(64), ..exact() }),
         ("chunks of 32", RuntimeOptions { max_prefill_length: Some(32), ..exact() }),
         ("one at a time", RuntimeOptions { max_running_requests: Some(1), ..exact() }),
+        ("two ranks", RuntimeOptions { tp: Some(2), ..exact() }),
         ("preempted", RuntimeOptions { num_pages: Some(26), ..exact() }),
     ]
 }
