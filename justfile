@@ -37,3 +37,7 @@ audit:
 # What HTTP, JSON and scheduling cost, on an engine that answers at once.
 bench-front-end:
     scripts/bench_front_end.sh
+
+# The CPU backend against llama.cpp; needs its binaries, and jq. `just bench-cpu build/bin model.gguf`
+bench-cpu llama model *tests: dist
+    scripts/bench_cpu.sh {{llama}} {{model}} {{tests}}
