@@ -41,3 +41,15 @@ bench-front-end:
 # The CPU backend against llama.cpp; needs its binaries, and jq. `just bench-cpu build/bin model.gguf`
 bench-cpu llama model *tests: dist
     scripts/bench_cpu.sh {{llama}} {{model}} {{tests}}
+
+# Build what runs on a GPU machine without Rust: copy the repository there with target/gpu.
+gpu-build:
+    scripts/gpu_build.sh
+
+# Operations, collectives and every tiny checkpoint on a GPU; there without just: scripts/gpu.py tests
+gpu-test *flags: gpu-build
+    scripts/gpu.py tests {{flags}}
+
+# Start, steps, offline and online loads on a GPU: `just gpu-bench --tokenizer FOLDER`
+gpu-bench *flags: gpu-build
+    scripts/gpu.py bench {{flags}}

@@ -321,8 +321,14 @@ impl Graph for CudaGraph {
     fn launch(&self) -> Result<()> {
         self.device.bind()?;
         // SAFETY: graph and stream live.
-        unsafe { result::graph::launch(self.executable, self.device.stream) }
-            .map_err(|e| driver("cuGraphLaunch", e))
+        let launch = || unsafe {
+            result::graph::launch(self.executable, self.device.stream)
+                .map_err(|e| driver("cuGraphLaunch", e))
+        };
+        match self.device.group.get() {
+            Some(group) => group.in_step(launch),
+            None => launch(),
+        }
     }
 }
 

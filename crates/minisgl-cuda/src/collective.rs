@@ -47,7 +47,8 @@ pub fn group(
     let ranks = backends.len();
     let first = backends.first().ok_or_else(|| fail("a group of no ranks"))?;
     let devices: Vec<_> = backends.iter().map(|backend| Arc::clone(&backend.device)).collect();
-    let group = Arc::new(Group::new(&first.device, ranks, options.timeout)?);
+    let one_card = on_one_card(backends);
+    let group = Arc::new(Group::new(&first.device, ranks, one_card, options.timeout)?);
     let wants_peers = options.transport != Transport::Nccl && (2..=RANKS_MAX).contains(&ranks);
     let mailboxes: Vec<Option<Mailboxes>> = match wants_peers && open_peers(backends)? {
         true => Mailboxes::new(backends, &group)?.into_iter().map(Some).collect(),
@@ -72,7 +73,6 @@ pub fn group(
         Transport::Peers => usize::MAX,
         _ => SMALL_BYTES_MAX / ranks,
     };
-    let in_step = ranks > 1 && on_one_card(backends);
     let end = |(rank, mailboxes)| -> Arc<dyn Collective> {
         Arc::new(CudaCollective {
             rank,
@@ -81,7 +81,6 @@ pub fn group(
             group: Arc::clone(&group),
             mailboxes,
             small_bytes_max,
-            in_step,
         })
     };
     Ok(mailboxes.into_iter().enumerate().map(end).collect())
@@ -99,9 +98,6 @@ struct CudaCollective {
     group: Arc<Group>,
     mailboxes: Option<Mailboxes>,
     small_bytes_max: usize,
-    /// Ranks on one card: what is enqueued outside a graph waits on the host for the others, since
-    /// a call that stalls the card (loading a kernel does) would never see a waiting one end.
-    in_step: bool,
 }
 
 impl CudaCollective {
@@ -111,13 +107,11 @@ impl CudaCollective {
     }
 
     fn exchange(&self, enqueue: impl FnOnce() -> Result<()>) -> Result<()> {
-        self.group.check()?;
-        if !self.in_step || self.backend.device.is_capturing()? {
+        if self.backend.device.is_capturing()? {
+            self.group.check()?;
             return enqueue();
         }
-        self.group.meet()?;
-        enqueue()?;
-        self.group.meet()
+        self.group.in_step(enqueue)
     }
 
     /// Calls NCCL and waits until it has enqueued: at a first call, it connects ranks.

@@ -22,6 +22,8 @@ pub(crate) struct Group {
     pub(crate) timeout: Duration,
     meeting: Mutex<Meeting>,
     changed: Condvar,
+    /// Whether several ranks share a card, as only tests do.
+    one_card: bool,
 }
 
 #[derive(Default)]
@@ -32,7 +34,12 @@ struct Meeting {
 }
 
 impl Group {
-    pub(crate) fn new(device: &Device, ranks: usize, timeout: Duration) -> Result<Self> {
+    pub(crate) fn new(
+        device: &Device,
+        ranks: usize,
+        one_card: bool,
+        timeout: Duration,
+    ) -> Result<Self> {
         Ok(Self {
             broken: BrokenWord::new(device)?,
             why: Mutex::default(),
@@ -40,6 +47,7 @@ impl Group {
             timeout,
             meeting: Mutex::default(),
             changed: Condvar::new(),
+            one_card: one_card && ranks > 1,
         })
     }
 
@@ -86,8 +94,21 @@ impl Group {
         Err(fail(why.unwrap_or_else(|| "the group of ranks has ended".into())))
     }
 
+    /// Enqueues what waits on the device for the other ranks. Those on one card do so together: a
+    /// call that waits for the whole card, as those do that load a kernel or give memory back,
+    /// would never see the end of work that waits for this very rank.
+    pub(crate) fn in_step(&self, enqueue: impl FnOnce() -> Result<()>) -> Result<()> {
+        self.check()?;
+        if !self.one_card {
+            return enqueue();
+        }
+        self.meet()?;
+        enqueue()?;
+        self.meet()
+    }
+
     /// Waits on the host until all ranks are here.
-    pub(crate) fn meet(&self) -> Result<()> {
+    fn meet(&self) -> Result<()> {
         let deadline = Instant::now() + self.timeout;
         let mut meeting = self.meeting.lock().unwrap_or_else(PoisonError::into_inner);
         let held = meeting.held;

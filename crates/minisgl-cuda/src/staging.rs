@@ -100,6 +100,17 @@ impl Download for Pending {
     }
 }
 
+impl Drop for Pending {
+    /// What nobody wants, as on all ranks but the first, goes back at once: its copy may still be
+    /// under way, but the next one into the same memory is enqueued behind it. Giving page-locked
+    /// memory back to the driver instead waits for the whole card.
+    fn drop(&mut self) {
+        if let (Some(pinned), Ok(mut pool)) = (self.pinned.take(), self.pool.lock()) {
+            pool.push(pinned);
+        }
+    }
+}
+
 /// Page-locked host memory and the event behind its last copy.
 struct Pinned {
     device: Arc<Device>,

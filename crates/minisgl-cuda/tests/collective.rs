@@ -1,6 +1,6 @@
 //! Sums and gathers over ranks: several on one card through the very kernels that run between
-//! cards, NCCL with one rank, graphs, and what happens when a rank does not come. Skipped, with the
-//! reason, where there is no card.
+//! cards, NCCL with one rank, cards of their own where there are several, graphs, and what happens
+//! when a rank does not come. Skipped, with the reason, where there is no card.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::scope;
@@ -26,18 +26,19 @@ struct Rank {
     end: Arc<dyn Collective>,
 }
 
+/// Ranks on one card.
 fn open(ranks: usize, precision: Precision, transport: Transport, seconds: u64) -> Vec<Rank> {
-    try_open(ranks, precision, transport, seconds).unwrap()
+    try_open(&vec![0; ranks], precision, transport, seconds).unwrap()
 }
 
 fn try_open(
-    ranks: usize,
+    cards: &[usize],
     precision: Precision,
     transport: Transport,
     seconds: u64,
 ) -> Result<Vec<Rank>> {
-    let open = |_| Arc::new(CudaBackend::new(CudaOptions { device: 0, precision }).unwrap());
-    let backends: Vec<_> = (0..ranks).map(open).collect();
+    let open = |&device| Arc::new(CudaBackend::new(CudaOptions { device, precision }).unwrap());
+    let backends: Vec<_> = cards.iter().map(open).collect();
     let options = GroupOptions { timeout: Duration::from_secs(seconds), transport };
     let ends = group(&backends, options)?;
     Ok(backends.into_iter().zip(ends).map(|(backend, end)| Rank { backend, end }).collect())
@@ -72,6 +73,14 @@ impl Rank {
     }
 }
 
+impl Rank {
+    /// A graph in which nothing waits for other ranks.
+    fn silent_graph(&self) -> Box<dyn Graph> {
+        let x = self.put(self.backend.activation_dtype(), &[0.0; 8], &[8]);
+        self.backend.capture(&mut || self.backend.add(&x, &x)).unwrap().unwrap()
+    }
+}
+
 /// Numbers that a dtype holds exactly, different on every rank and in every round.
 fn numbers(count: usize, rank: usize, round: usize, dtype: DType) -> Vec<f32> {
     let seed = (rank * 31 + round * 7 + 1) as u64;
@@ -101,20 +110,36 @@ fn ranks_on_one_card_have_the_same_sums() {
             let group = open(ranks, precision, Transport::Peers, 20);
             scope(|threads| {
                 for rank in &group {
-                    threads.spawn(move || check_sums(rank));
+                    threads.spawn(move || check_sums(rank, Order::OfRanks));
                 }
             });
         }
     }
 }
 
-fn check_sums(rank: &Rank) {
+/// In which order parts are added.
+#[derive(Clone, Copy, PartialEq)]
+enum Order {
+    OfRanks,
+    /// As NCCL likes, which with two ranks makes no difference.
+    Any,
+}
+
+fn check_sums(rank: &Rank, order: Order) {
     let (dtype, ranks) = (rank.backend.activation_dtype(), rank.end.size());
     // Less than a vector, odd ends, and more than a slot.
     for (round, count) in [1, 7, 8, 4096 + 3, 64 * 5120, (3 << 20) + 5].into_iter().enumerate() {
         let x = rank.put(dtype, &numbers(count, rank.end.rank(), round, dtype), &[count]);
         rank.end.all_reduce(&x).unwrap();
-        assert_eq!(rank.get(&x).unwrap(), summed(count, ranks, round, dtype), "{count} elements");
+        let (got, want) = (rank.get(&x).unwrap(), summed(count, ranks, round, dtype));
+        if order == Order::OfRanks || ranks == 2 {
+            assert_eq!(got, want, "{count} elements");
+        }
+        // Every addition of numbers up to 1 rounds a sum of up to `ranks`.
+        let unit = if dtype == DType::BF16 { 2f32.powi(-8) } else { 2f32.powi(-24) };
+        let bound = (ranks * ranks) as f32 * unit;
+        let far = got.iter().zip(&want).find(|(got, want)| (**got - **want).abs() > bound);
+        assert_eq!(far, None, "{count} elements");
     }
 }
 
@@ -178,16 +203,55 @@ fn check_graph(rank: &Rank, count: usize) {
 fn nccl_sums_and_gathers_in_graphs_and_outside() {
     let Some(_card) = card("NCCL") else { return };
     for precision in [Precision::Native, Precision::Exact] {
-        let rank = match try_open(1, precision, Transport::Nccl, 60) {
+        let rank = match try_open(&[0], precision, Transport::Nccl, 60) {
             Ok(mut ranks) => ranks.remove(0),
             Err(error) if error.to_string().contains("was not found") => {
                 return eprintln!("NCCL: skipped, {error}");
             }
             Err(error) => panic!("{error}"),
         };
-        check_sums(&rank);
+        check_sums(&rank, Order::OfRanks);
         check_gathers(&rank);
         check_graph(&rank, 100_000);
+    }
+}
+
+#[test]
+fn cards_of_their_own_sum_and_gather() {
+    let Some(_card) = card("several cards") else { return };
+    let cards = minisgl_cuda::devices().len();
+    if cards < 2 {
+        return eprintln!("several cards: skipped, one CUDA device on this machine");
+    }
+    for ranks in [2, 4, 8].into_iter().filter(|ranks| *ranks <= cards) {
+        for transport in [Transport::Peers, Transport::Nccl, Transport::Auto] {
+            let cards: Vec<usize> = (0..ranks).collect();
+            let group = match try_open(&cards, Precision::Native, transport, 60) {
+                Ok(group) => group,
+                Err(error) => {
+                    let error = error.to_string();
+                    let missing = ["was not found", "do not all read"];
+                    assert!(missing.iter().any(|why| error.contains(why)), "{error}");
+                    eprintln!("{ranks} cards through {transport:?}: skipped, {error}");
+                    continue;
+                }
+            };
+            let order = if transport == Transport::Peers { Order::OfRanks } else { Order::Any };
+            scope(|threads| {
+                for rank in &group {
+                    threads.spawn(move || {
+                        check_sums(rank, order);
+                        check_gathers(rank);
+                        // Through the mailboxes and through NCCL, where there is a choice.
+                        if order == Order::OfRanks || ranks == 2 {
+                            check_graph(rank, 5000);
+                            check_graph(rank, 3 << 20);
+                        }
+                    });
+                }
+            });
+            eprintln!("{ranks} cards through {transport:?}: sums, gathers, graphs");
+        }
     }
 }
 
@@ -203,12 +267,16 @@ fn a_rank_that_is_late_ends_the_group() {
     let error = ranks[1].end.all_reduce(&x).unwrap_err().to_string();
     assert!(error.contains("not all ranks came"), "{error}");
     drop(ranks);
-    // On the device: the kernel itself gives up.
+    // On the device: rank 1's graph exchanges nothing, and rank 0's kernel itself gives up.
     let ranks = open(2, Precision::Native, Transport::Peers, 1);
     let x = ranks[0].put(DType::BF16, &[1.0; 8], &[8]);
     let graph = ranks[0].backend.capture(&mut || ranks[0].end.all_reduce(&x)).unwrap().unwrap();
+    let silent = ranks[1].silent_graph();
     let start = Instant::now();
-    graph.launch().unwrap();
+    scope(|threads| {
+        threads.spawn(move || silent.launch().unwrap());
+        graph.launch().unwrap();
+    });
     let error = ranks[0].get(&x).unwrap_err().to_string();
     assert!(start.elapsed().as_secs() < 10, "{error} after {:?}", start.elapsed());
     assert!(error.contains("rank 1 did not come") || error.contains("not done"), "{error}");
@@ -222,9 +290,11 @@ fn a_rank_that_is_gone_lets_go_of_those_that_wait() {
     let rank = ranks.pop().unwrap();
     let x = rank.put(DType::BF16, &[1.0; 8], &[8]);
     let graph = rank.backend.capture(&mut || rank.end.all_reduce(&x)).unwrap().unwrap();
+    let silent = gone.silent_graph();
     let start = Instant::now();
     scope(|threads| {
         threads.spawn(move || {
+            silent.launch().unwrap();
             std::thread::sleep(Duration::from_millis(300));
             drop(gone);
         });

@@ -9,10 +9,10 @@ use minisgl_cuda::{CudaBackend, CudaOptions, GroupOptions, Transport};
 use minisgl_engine::{Checkpoint, EngineOptions, KvSize, LocalEngine};
 use minisgl_tensor::{Alone, Backend, Collective, Precision};
 
-use crate::options::{Device, Dtype, RuntimeOptions};
+use crate::options::{self, Device, Dtype, RuntimeOptions};
 
-/// How long a rank waits for the others in a sum.
-const COLLECTIVE_TIMEOUT: Duration = Duration::from_secs(60);
+/// Seconds that a rank waits for the others, where nothing is said.
+const RANK_TIMEOUT_S: u64 = 60;
 
 /// An engine, and the name of what it runs on.
 pub struct LoadedEngine {
@@ -56,8 +56,16 @@ fn open_ranks(device: Device, options: &RuntimeOptions) -> Result<Vec<RankDevice
     let ranks = options.tp.unwrap_or(1);
     ensure!(ranks > 0, "--tp 0: a model runs on at least one rank");
     let precision = precision(options.dtype);
+    let timeout = Duration::from_secs(options.rank_timeout.unwrap_or(RANK_TIMEOUT_S));
     match device {
-        Device::Cuda(first) => open_cards(first, ranks, precision),
+        Device::Cuda(first) => {
+            let transport = match options.collective {
+                options::Transport::Auto => Transport::Auto,
+                options::Transport::Nccl => Transport::Nccl,
+                options::Transport::Peers => Transport::Peers,
+            };
+            open_cards(first, ranks, precision, GroupOptions { timeout, transport })
+        }
         Device::Cpu | Device::Auto => {
             let share = || (physical_cores() / ranks).max(1);
             let threads = Some(options.threads.unwrap_or_else(share));
@@ -66,7 +74,7 @@ fn open_ranks(device: Device, options: &RuntimeOptions) -> Result<Vec<RankDevice
             let backends = (0..ranks).map(backend).collect::<Result<Vec<_>, _>>()?;
             let ends: Vec<Arc<dyn Collective>> = match ranks {
                 1 => vec![Arc::new(Alone)],
-                _ => shared_memory_group(ranks, COLLECTIVE_TIMEOUT),
+                _ => shared_memory_group(ranks, timeout),
             };
             let devices = backends.into_iter().zip(ends);
             Ok(devices.map(|(b, end)| (Arc::new(b) as Arc<dyn Backend>, end)).collect())
@@ -75,7 +83,12 @@ fn open_ranks(device: Device, options: &RuntimeOptions) -> Result<Vec<RankDevice
 }
 
 /// The cards `first..first + ranks`, each a rank.
-fn open_cards(first: usize, ranks: usize, precision: Precision) -> Result<Vec<RankDevices>> {
+fn open_cards(
+    first: usize,
+    ranks: usize,
+    precision: Precision,
+    group: GroupOptions,
+) -> Result<Vec<RankDevices>> {
     let cards = minisgl_cuda::devices().len();
     ensure!(
         ranks == 1 || first + ranks <= cards,
@@ -86,10 +99,7 @@ fn open_cards(first: usize, ranks: usize, precision: Precision) -> Result<Vec<Ra
     let backends = (first..first + ranks).map(open).collect::<Result<Vec<_>, _>>()?;
     let ends: Vec<Arc<dyn Collective>> = match ranks {
         1 => vec![Arc::new(Alone)],
-        _ => {
-            let group = GroupOptions { timeout: COLLECTIVE_TIMEOUT, transport: Transport::Auto };
-            minisgl_cuda::group(&backends, group)?
-        }
+        _ => minisgl_cuda::group(&backends, group)?,
     };
     Ok(backends.into_iter().zip(ends).map(|(b, end)| (b as Arc<dyn Backend>, end)).collect())
 }

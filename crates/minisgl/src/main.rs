@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
-    leave_multicast_off();
+    set_up_nccl();
     let cli = cli::Cli::from_args();
     let filter = EnvFilter::try_from_env("MINISGL_LOG").unwrap_or_else(|_| EnvFilter::new("warn"));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
@@ -22,14 +22,16 @@ fn main() -> ExitCode {
     }
 }
 
-/// Tells NCCL to leave NVLink multicast (NVLS) alone, unless the user has said something: when a
-/// program that uses it is killed, the host's GPUs can be out of service for everybody. NCCL takes
-/// this from the environment only.
-fn leave_multicast_off() {
-    const SWITCH: &str = "NCCL_NVLS_ENABLE";
-    if std::env::var_os(SWITCH).is_none() {
-        // SAFETY: this is the program's start, nobody else reads the environment yet.
-        unsafe { std::env::set_var(SWITCH, "0") };
+/// Sets what NCCL takes from the environment only, unless the user has said something: to leave
+/// NVLink multicast (NVLS) alone, since a program that is killed while it uses that can leave the
+/// host's GPUs out of service for everybody; and to connect all ranks at once, not in the middle of
+/// a graph's capture.
+fn set_up_nccl() {
+    for (name, value) in [("NCCL_NVLS_ENABLE", "0"), ("NCCL_RUNTIME_CONNECT", "0")] {
+        if std::env::var_os(name).is_none() {
+            // SAFETY: this is the program's start, nobody else reads the environment yet.
+            unsafe { std::env::set_var(name, value) };
+        }
     }
 }
 

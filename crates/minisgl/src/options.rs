@@ -53,6 +53,20 @@ pub struct RuntimeOptions {
     )]
     pub tp: Option<usize>,
 
+    /// What moves data between GPUs: peer memory for small messages and NCCL for the rest, or one
+    /// of them alone
+    #[arg(long, value_enum, default_value_t, help_heading = "Device")]
+    pub collective: Transport,
+
+    /// Seconds that a rank waits for the others before all of them end [default: 60]
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        value_parser = clap::value_parser!(u64).range(1..=86_400),
+        help_heading = "Device"
+    )]
+    pub rank_timeout: Option<u64>,
+
     /// CPU threads a rank [default: all physical cores, divided by the ranks]
     #[arg(long, help_heading = "Device")]
     pub threads: Option<usize>,
@@ -126,6 +140,18 @@ pub enum Dtype {
     Bfloat16,
     /// Weights dequantized to f32, everything computed in f32.
     Float32,
+}
+
+/// What moves data between GPUs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Transport {
+    /// Peer memory for small messages where the GPUs reach each other's, NCCL for the rest.
+    #[default]
+    Auto,
+    /// NCCL alone.
+    Nccl,
+    /// Peer memory alone.
+    Peers,
 }
 
 /// How prefixes are kept for later requests.

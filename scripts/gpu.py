@@ -1,0 +1,511 @@
+#!/usr/bin/env python3
+"""Runs tests and benchmarks on a machine with NVIDIA GPUs, without Rust and without network.
+
+`scripts/gpu_build.sh` makes what this runs. Each PART can be run by itself:
+
+  tests        operations, collectives, and every tiny checkpoint on one card, two ranks included
+  memcheck     operations under compute-sanitizer, likewise racecheck
+  racecheck
+  start        process start to ready, with an empty and with a filled kernel cache
+  steps        decode steps and prefill
+  operations   the parts of a step
+  offline      the reference's offline benchmark, with and without overlap
+  online       four loads on the server
+  tp-tests     collectives and tiny checkpoints over all cards
+  tp-exchange  sums over ranks by size, peer memory against NCCL
+  tp-steps     steps of 14B over 1 and --tp ranks, and of a model of Llama 3.1 70B's shape
+  tp-offline   the offline benchmark of the same
+  tp-kill      a server whose rank 1 is stopped while clients read
+
+`test`, `bench` and `tp` stand for the parts of each kind. Weights are made up. A table goes to
+standard output; OUT/gpu.json has the figures, added to those of earlier runs, OUT/gpu.log all that
+the commands wrote. Ends with 1 if a part failed.
+"""
+
+import argparse
+import ctypes
+import glob
+import http.client
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+MODELS = ROOT / "scripts" / "gpu_models"
+GROUPS = {
+    "test": ["tests", "memcheck", "racecheck"],
+    "bench": ["start", "steps", "operations", "offline", "online"],
+    "tp": ["tp-tests", "tp-exchange", "tp-steps", "tp-offline", "tp-kill"],
+}
+# name, requests at once, requests, shared tokens, tokens in, tokens out
+LOADS = [
+    ("1 at a time", 1, 8, 0, 200, 128),
+    ("64 at once", 64, 64, 0, 200, 64),
+    ("512, 64 at a time", 64, 512, 0, 200, 128),
+    ("1024, 256 at a time, shared prefix", 256, 1024, 800, 100, 128),
+]
+
+
+class Failed(Exception):
+    """A part did not do what it should."""
+
+
+def library_folders():
+    """Where CUDA's libraries may lie: a toolkit's folders, and those of Python packages."""
+    folders = ["/usr/local/cuda/lib64", "/usr/local/cuda/targets/x86_64-linux/lib"]
+    try:
+        import nvidia
+
+        for base in nvidia.__path__:
+            folders += sorted(glob.glob(f"{base}/*/lib"))
+    except ImportError:
+        pass
+    return [folder for folder in folders if os.path.isdir(folder)]
+
+
+class Bench:
+    def __init__(self, args):
+        self.args = args
+        self.out = pathlib.Path(args.out)
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.log = open(self.out / "gpu.log", "a")
+        self.results = {}
+        if (self.out / "gpu.json").exists():
+            self.results = json.loads((self.out / "gpu.json").read_text())
+        self.temporary = tempfile.TemporaryDirectory()
+        paths = [os.environ.get("LD_LIBRARY_PATH"), *library_folders()]
+        self.env = {
+            **os.environ,
+            "LD_LIBRARY_PATH": ":".join(path for path in paths if path),
+            # Tests find their files by this.
+            "CARGO_MANIFEST_DIR": str(ROOT / "crates" / "minisgl-engine"),
+            "NCCL_NVLS_ENABLE": "0",
+            "NCCL_RUNTIME_CONNECT": "0",
+        }
+        self.describe()
+
+    def describe(self):
+        commit = pathlib.Path(self.args.bin) / "commit"
+        query = "--query-gpu=name,driver_version,memory.total"
+        try:
+            cards = subprocess.run(
+                ["nvidia-smi", query, "--format=csv,noheader"], capture_output=True, text=True
+            ).stdout.splitlines()
+        except FileNotFoundError:
+            cards = []
+        self.memory_gib = int(re.search(r"(\d+) MiB", cards[0])[1]) / 1024 if cards else 0
+        machine = {
+            "commit": commit.read_text().strip() if commit.exists() else "unknown",
+            "cards": cards,
+            "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        }
+        self.results["machine"] = machine
+        self.row(f"{machine['date']}  {machine['commit']}  {', '.join(cards) or 'no GPU'}")
+
+    def row(self, text):
+        print(text, flush=True)
+        self.log.write(text + "\n")
+        self.log.flush()
+
+    def keep(self, part, value):
+        self.results[part] = value
+        (self.out / "gpu.json").write_text(json.dumps(self.results, indent=1))
+
+    def run(self, name, *arguments, env=None, timeout=300, prefix=()):
+        """Runs a binary and returns its standard output; both streams go to the log."""
+        command = [*prefix, str(pathlib.Path(self.args.bin) / name), *map(str, arguments)]
+        self.log.write("$ " + " ".join(command) + "\n")
+        self.log.flush()
+        try:
+            done = subprocess.run(
+                command,
+                env={**self.env, **(env or {})},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                timeout=timeout,
+            )
+        except subprocess.TimeoutExpired as late:
+            for text in (late.stdout, late.stderr):
+                self.log.write((text or b"").decode(errors="replace"))
+            raise Failed(f"{name} was not done in {timeout} s") from late
+        self.log.write(done.stdout + done.stderr)
+        self.log.flush()
+        if done.returncode != 0:
+            lines = (done.stderr or done.stdout).strip().splitlines()
+            raise Failed(f"{name}: {lines[-1] if lines else f'ended with {done.returncode}'}")
+        return done.stdout
+
+    def bench(self, kind, model, *arguments, tp=1):
+        ranks = ["--tp", tp] if tp > 1 else []
+        command = ["bench", kind, "--json", "--dummy-weight", "--device", self.args.device]
+        out = self.run("minisgl", *command, "--model", self.model(model), *ranks, *arguments)
+        return json.loads(out)
+
+    def model(self, name):
+        """A folder with the model's configuration, and the tokenizer if there is one."""
+        folder = pathlib.Path(self.temporary.name) / name
+        if not folder.exists():
+            folder.mkdir()
+            shutil.copy(MODELS / name / "config.json", folder)
+            if self.args.tokenizer:
+                for file in pathlib.Path(self.args.tokenizer).glob("*token*"):
+                    shutil.copy(file, folder)
+        return folder
+
+    # Tests.
+
+    def cargo_tests(self, part, names, timeout=300):
+        counts = {}
+        for name in names:
+            started = time.time()
+            out = self.run(name, "--nocapture", "--test-threads=1", timeout=timeout)
+            found = re.search(r"(\d+) passed; (\d+) failed", out)
+            counts[name] = {"passed": int(found[1]), "seconds": round(time.time() - started, 1)}
+            self.row(f"  {name:<12} {found[1]:>3} passed  {counts[name]['seconds']:>6.1f} s")
+        self.keep(part, counts)
+
+    def tests(self):
+        self.cargo_tests("tests", ["ops", "collective", "cards"])
+
+    def tp_tests(self):
+        self.cargo_tests("tp-tests", ["collective", "cards"])
+
+    def memcheck(self):
+        self.sanitize("memcheck")
+
+    def racecheck(self):
+        self.sanitize("racecheck")
+
+    def sanitize(self, tool):
+        """The operations only: kernels that wait for each other do not run one after the other, as
+        the sanitizer has it."""
+        found = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+        if not os.path.exists(found):
+            raise Failed("compute-sanitizer is not there")
+        prefix = [found, "--tool", tool, "--error-exitcode", "9"]
+        started = time.time()
+        self.run("ops", "--test-threads=1", prefix=prefix, timeout=590)
+        seconds = round(time.time() - started, 1)
+        self.row(f"  {tool:<12} clean  {seconds:>6.1f} s")
+        self.keep(tool, {"clean": True, "seconds": seconds})
+
+    # Benchmarks on one card.
+
+    def start(self):
+        figures = {}
+        for model in self.args.models:
+            cache = tempfile.mkdtemp(dir=self.temporary.name)
+            for state in ["empty", "filled"]:
+                server = Server(self, model, env={"XDG_CACHE_HOME": cache})
+                figures[f"{model}, {state} cache"] = {"wall_s": server.wall, "own_s": server.own}
+                server.stop()
+                self.row(f"  {model:<12} {state:<7} cache  ready after {server.wall:>6.2f} s")
+        self.keep("start", figures)
+
+    def print_steps(self, name, figures):
+        for step in figures["decode"]:
+            self.row(f"  {name:<24} decode batch {step['batch']:>4}  {step['step_ms']:>9.3f} ms")
+        if figures["prefill"]:
+            rate = figures["prefill"]["tokens_per_s"]
+            self.row(f"  {name:<24} prefill            {rate:>9.0f} tokens/s")
+
+    def steps(self):
+        figures = {}
+        for model in self.args.models:
+            figures[model] = self.bench("steps", model)
+            self.print_steps(model, figures[model])
+        self.keep("steps", figures)
+
+    def operations(self):
+        shapes = [model.removeprefix("qwen3-") for model in self.args.models]
+        out = self.run("decode_step", *shapes)
+        self.row(out.rstrip())
+        self.keep("operations", out.splitlines())
+
+    def print_offline(self, name, figures):
+        self.row(
+            f"  {name:<24} {figures['tokens_per_s']:>9.0f} tokens/s  {figures['seconds']:>7.2f} s"
+        )
+
+    def offline(self):
+        figures = {}
+        for model in self.args.models:
+            for name, flags in [(model, []), (f"{model}, no overlap", ["--disable-overlap"])]:
+                figures[name] = self.bench("offline", model, *flags)
+                self.print_offline(name, figures[name])
+        self.keep("offline", figures)
+
+    def online(self):
+        if not self.args.tokenizer:
+            raise Failed("the server needs --tokenizer")
+        figures = {}
+        for model in self.args.models:
+            server = Server(self, model)
+            self.load(server, 8, 8, 0, 50, 16, seed=99)
+            for seed, (name, *sizes) in enumerate(LOADS):
+                found = figures[f"{model}, {name}"] = self.load(server, *sizes, seed=seed)
+                first, between = found["ttft_ms"], found["inter_token_ms"]
+                self.row(
+                    f"  {model:<12} {name:<36} {found['output_tokens_per_s']:>8.0f} tokens/s  "
+                    f"TTFT {first['p50']:.1f} / {first['p99']:.1f} ms  "
+                    f"between {between['p50']:.2f} / {between['p99']:.2f} ms"
+                )
+            server.stop()
+        self.keep("online", figures)
+
+    def load(self, server, at_once, requests, shared, tokens_in, tokens_out, seed):
+        flags = {
+            "--base-url": server.url,
+            "--concurrency": at_once,
+            "--num-requests": requests,
+            "--shared-prefix-len": shared,
+            "--input-len": tokens_in,
+            "--output-len": tokens_out,
+            "--seed": seed,
+        }
+        flat = [word for pair in flags.items() for word in pair]
+        found = json.loads(self.run("minisgl", "bench", "serve", "--json", *flat))
+        if found["failed"]:
+            raise Failed(f"{found['failed']} requests failed: {found['errors']}")
+        return found
+
+    # Several cards.
+
+    def tp_models(self):
+        """What is run over several ranks, with what fits beside 70B's weights."""
+        tp = self.args.tp
+        small = self.memory_gib * tp < 200
+        large = ["--max-seq-len-override", 4096]
+        large += ["--batch", "1,16,32", "--prefill-prompts", 8] if small else ["--batch", "1,64,256"]
+        fourteen = ["--batch", "1,64,256"]
+        return [
+            ("qwen3-14b", 1, fourteen),
+            ("qwen3-14b", tp, fourteen),
+            ("llama-3.1-70b", tp, large),
+        ]
+
+    def tp_exchange(self):
+        out = self.run("exchange", self.args.tp, "--json")
+        found = json.loads(out)
+        self.row(f"  {'bytes':>9}  {'peers':>9}  {'NCCL':>9}   µs a sum over {found['ranks']} ranks")
+        for index, size in enumerate(found["bytes"]):
+            times = [found[way] for way in ("peers_us", "nccl_us")]
+            cells = [f"{time[index]:.2f}" if isinstance(time, list) else "-" for time in times]
+            self.row(f"  {size:>9}  {cells[0]:>9}  {cells[1]:>9}")
+        for way in ("peers_us", "nccl_us"):
+            if isinstance(found[way], str):
+                self.row(f"  {way}: {found[way]}")
+        self.keep("tp-exchange", found)
+
+    def tp_steps(self):
+        figures = {}
+        for model, tp, flags in self.tp_models():
+            name = f"{model} over {tp}"
+            figures[name] = self.bench("steps", model, *flags, tp=tp)
+            self.print_steps(name, figures[name])
+            self.keep("tp-steps", figures)
+
+    def tp_offline(self):
+        figures = {}
+        for model, tp, flags in self.tp_models():
+            name = f"{model} over {tp}"
+            length = flags[:2] if "--max-seq-len-override" in flags else []
+            figures[name] = self.bench("offline", model, *length, tp=tp)
+            self.print_offline(name, figures[name])
+            self.keep("tp-offline", figures)
+
+    def tp_kill(self):
+        """Stops rank 1's thread in a server that answers, as if it hung: the others find out."""
+        if not self.args.tokenizer:
+            raise Failed("the server needs --tokenizer")
+        limit = 5
+        flags = ["--tp", self.args.tp, "--rank-timeout", limit]
+        server = Server(self, self.args.models[0], *flags)
+        clients = [Client(server) for _ in range(8)]
+        deadline = time.time() + 60
+        while not all(client.chunks > 2 for client in clients):
+            if time.time() > deadline:
+                raise Failed("the clients had no text before rank 1 was stopped")
+            time.sleep(0.05)
+        started = time.time()
+        rank = stop_thread(server.process.pid, "rank-1")
+        health = None
+        while time.time() - started < 60 and server.process.poll() is None and health != 503:
+            health = server.health()
+            time.sleep(0.05)
+        noticed = time.time() - started
+        for client in clients:
+            client.thread.join(60)
+        code = None
+        while code is None and time.time() - started < 120:
+            reap(rank)
+            code = server.process.poll()
+            time.sleep(0.05)
+        figures = {
+            "limit_s": limit,
+            "clients": len(clients),
+            "clients_with_an_error": sum(client.error is not None for client in clients),
+            "an_error": clients[0].error,
+            "health": health,
+            "health_after_s": round(noticed, 2),
+            "exit_code": code,
+            "ended_after_s": round(time.time() - started, 2),
+            "left_running": code is None,
+        }
+        server.stop()
+        self.row("  " + json.dumps(figures))
+        self.keep("tp-kill", figures)
+        told = figures["clients_with_an_error"] == len(clients)
+        if not (told and health == 503 and code not in (None, 0)):
+            raise Failed("not every client was told, or the server did not end as it should")
+
+
+class Server:
+    """`minisgl serve` on a free port, ready."""
+
+    def __init__(self, bench, model, *flags, env=None):
+        if not bench.args.tokenizer:
+            raise Failed("the server needs --tokenizer")
+        command = [str(pathlib.Path(bench.args.bin) / "minisgl"), "serve", "--port", "0"]
+        command += ["--dummy-weight", "--device", bench.args.device]
+        command += ["--model", str(bench.model(model)), *map(str, flags)]
+        bench.log.write("$ " + " ".join(command) + "\n")
+        bench.log.flush()
+        started = time.time()
+        self.process = subprocess.Popen(
+            command,
+            env={**bench.env, **(env or {})},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        ready = None
+        while ready is None:
+            line = self.process.stderr.readline()
+            bench.log.write(line)
+            if not line:
+                raise Failed(f"the server ended with {self.process.wait()}")
+            ready = re.search(r"Ready after ([\d.]+) s: (\S+)", line)
+        self.wall = round(time.time() - started, 2)
+        self.own, self.url = float(ready[1]), ready[2]
+        self.address = self.url.removeprefix("http://")
+        self.reader = threading.Thread(target=self.drain, args=(bench.log,), daemon=True)
+        self.reader.start()
+
+    def drain(self, log):
+        for line in self.process.stderr:
+            log.write(line)
+
+    def health(self):
+        connection = http.client.HTTPConnection(self.address, timeout=5)
+        try:
+            connection.request("GET", "/health")
+            return connection.getresponse().status
+        except OSError:
+            return None
+        finally:
+            connection.close()
+
+    def stop(self):
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            try:
+                self.process.wait(40)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+        self.reader.join(5)
+
+
+class Client:
+    """Reads a long answer as a stream."""
+
+    def __init__(self, server):
+        self.server, self.chunks, self.error = server, 0, None
+        self.thread = threading.Thread(target=self.read, daemon=True)
+        self.thread.start()
+
+    def read(self):
+        body = {"prompt": "one two three", "max_tokens": 30000, "ignore_eos": True, "stream": True}
+        connection = http.client.HTTPConnection(self.server.address, timeout=120)
+        try:
+            headers = {"Content-Type": "application/json"}
+            connection.request("POST", "/v1/completions", json.dumps(body), headers)
+            for line in connection.getresponse():
+                text = line.decode().strip().removeprefix("data: ")
+                if '"error"' in text:
+                    self.error = text
+                elif text:
+                    self.chunks += 1
+        except (OSError, http.client.HTTPException):
+            # A connection that is cut has told the client nothing.
+            pass
+
+
+def stop_thread(process, name):
+    """Stops one thread of a child, by its name; its id."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
+    libc.ptrace.restype = ctypes.c_long
+    seize, interrupt = 0x4206, 0x4207
+    for task in os.listdir(f"/proc/{process}/task"):
+        if pathlib.Path(f"/proc/{process}/task/{task}/comm").read_text().strip() == name:
+            break
+    else:
+        raise Failed(f"the server has no thread {name}")
+    for request in (seize, interrupt):
+        if libc.ptrace(request, int(task), None, None) != 0:
+            raise Failed(f"ptrace is not allowed here: {os.strerror(ctypes.get_errno())}")
+    return int(task)
+
+
+def reap(task):
+    """A stopped thread that has died keeps its process from ending until this has seen it."""
+    wait_for_threads = 0x40000000
+    try:
+        os.waitpid(task, os.WNOHANG | wait_for_threads)
+    except ChildProcessError:
+        pass
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("part", nargs="+", metavar="PART")
+    parser.add_argument("--bin", default=ROOT / "target" / "gpu", help="what gpu_build.sh made")
+    parser.add_argument("--out", default=ROOT / "target" / "gpu-results", help="for the results")
+    parser.add_argument("--tokenizer", help="a folder with tokenizer.json, for parts with a server")
+    parser.add_argument("--models", type=lambda text: text.split(","), help="of those in gpu_models")
+    parser.add_argument("--tp", type=int, default=2, help="ranks of the parts with several cards")
+    parser.add_argument("--device", default="cuda", help="as minisgl's; cpu tries the script out")
+    args = parser.parse_args()
+    args.models = args.models or ["qwen3-0.6b", "qwen3-14b"]
+    parts = [part for name in args.part for part in GROUPS.get(name, [name])]
+    unknown = [part for part in parts if part not in sum(GROUPS.values(), [])]
+    if unknown:
+        parser.error(f"no such part: {', '.join(unknown)}")
+    bench = Bench(args)
+    failed = False
+    for part in parts:
+        started = time.time()
+        bench.row(f"{part}")
+        try:
+            getattr(bench, part.replace("-", "_"))()
+        except Failed as why:
+            failed = True
+            bench.row(f"  FAILED: {why}")
+            bench.keep(part, {**bench.results.get(part, {}), "failed": str(why)})
+        bench.row(f"  {time.time() - started:.0f} s")
+    sys.exit(1 if failed else 0)
+
+
+main()
