@@ -10,10 +10,11 @@ use minisgl_tensor::{
 };
 
 use crate::activations::{NormRow, Prepared};
+use crate::cores::{physical_cores, stay_on};
 use crate::kernels::Rows;
 use crate::matrix::{self, Experts, Matrix, Needs, Vector};
 use crate::memory::{self, Arena, Shared, view};
-use crate::pool::{PerThread, Pool, physical_cores};
+use crate::pool::{PerThread, Pool};
 use crate::simd::{Isa, IsaChoice, Kernel, LANES, Simd, math};
 use crate::{attention, moe, rope, sample};
 
@@ -22,6 +23,9 @@ use crate::{attention, moe, rope, sample};
 pub struct CpuOptions {
     /// Threads; one for each physical core where `None`.
     pub threads: Option<usize>,
+    /// Logical processors to keep the threads on, one each; threads beyond them, and all where it is
+    /// empty, run where the system puts them.
+    pub cores: Vec<usize>,
     /// What activations, K and V are kept in.
     pub precision: Precision,
     /// The instruction set.
@@ -30,7 +34,8 @@ pub struct CpuOptions {
 
 impl Default for CpuOptions {
     fn default() -> Self {
-        Self { threads: None, precision: Precision::Native, isa: IsaChoice::Auto }
+        let cores = Vec::new();
+        Self { threads: None, cores, precision: Precision::Native, isa: IsaChoice::Auto }
     }
 }
 
@@ -41,6 +46,8 @@ pub struct CpuBackend {
     on: Machine,
     precision: Precision,
     scratch: Mutex<Scratch>,
+    /// Where the thread that drives it runs, if that is said.
+    first_core: Option<usize>,
 }
 
 /// What computes.
@@ -71,7 +78,7 @@ impl CpuBackend {
     /// Starts the threads. Errors: an instruction set that is not there, no threads to be had.
     pub fn new(options: CpuOptions) -> Result<Self> {
         let threads = options.threads.unwrap_or_else(physical_cores).max(1);
-        let pool = Pool::new(threads).map_err(|error| {
+        let pool = Pool::new(threads, &options.cores).map_err(|error| {
             BackendError::Device(format!("starting {threads} threads: {error}").into())
         })?;
         let scratch = Scratch {
@@ -82,7 +89,8 @@ impl CpuBackend {
             ids: Vec::new(),
         };
         let on = Machine { pool, isa: Isa::detect(options.isa)?, arena: Mutex::default() };
-        Ok(Self { on, precision: options.precision, scratch: Mutex::new(scratch) })
+        let first_core = options.cores.first().copied();
+        Ok(Self { on, precision: options.precision, scratch: Mutex::new(scratch), first_core })
     }
 
     /// An operation's turn. One that panicked has left nothing that the next one reads.
@@ -155,6 +163,13 @@ fn bytes_of(tensor: &Tensor) -> Vec<u8> {
 impl Backend for CpuBackend {
     fn name(&self) -> String {
         format!("cpu ({}, {} threads)", self.on.isa.name(), self.on.pool.threads())
+    }
+
+    fn bind_thread(&self) -> Result<()> {
+        if let Some(core) = self.first_core {
+            stay_on(core);
+        }
+        Ok(())
     }
 
     fn memory(&self) -> Result<MemoryInfo> {

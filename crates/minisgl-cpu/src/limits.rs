@@ -62,7 +62,7 @@ pub fn product_rates(threads: usize) -> Result<Vec<ProductRate>> {
 }
 
 fn pool(threads: usize) -> Result<Pool> {
-    Pool::new(threads).map_err(|error| {
+    Pool::new(threads, &[]).map_err(|error| {
         BackendError::Device(format!("starting {threads} threads: {error}").into())
     })
 }

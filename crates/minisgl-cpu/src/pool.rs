@@ -8,13 +8,14 @@
 //! and, while workers spin, no system call.
 
 use std::cell::UnsafeCell;
-use std::collections::BTreeSet;
 use std::hint::spin_loop;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle, Thread};
 use std::time::{Duration, Instant};
+
+use crate::cores::stay_on;
 
 /// How long a worker without work keeps its core: longer than what the host does between steps.
 const SPIN: Duration = Duration::from_micros(150);
@@ -64,8 +65,9 @@ unsafe impl Sync for Shared {}
 unsafe impl Send for Shared {}
 
 impl Pool {
-    /// A pool of `threads` threads, the caller included.
-    pub fn new(threads: usize) -> std::io::Result<Self> {
+    /// A pool of `threads` threads, the caller included, each on a core of its own as far as `cores`
+    /// go. The caller has the first of them, and puts itself there.
+    pub fn new(threads: usize, cores: &[usize]) -> std::io::Result<Self> {
         let shared = Arc::new(Shared {
             state: Line(AtomicU64::new(0)),
             next: Line(AtomicUsize::new(0)),
@@ -78,9 +80,14 @@ impl Pool {
             Self { shared, workers: Vec::new(), unpark: Vec::new(), turn: Mutex::new(()) };
         for index in 1..threads {
             let shared = Arc::clone(&pool.shared);
-            let worker = thread::Builder::new()
-                .name(format!("cpu-{index}"))
-                .spawn(move || shared.serve(index))?;
+            let core = cores.get(index).copied();
+            let serve = move || {
+                if let Some(core) = core {
+                    stay_on(core);
+                }
+                shared.serve(index);
+            };
+            let worker = thread::Builder::new().name(format!("cpu-{index}")).spawn(serve)?;
             pool.unpark.push(worker.thread().clone());
             pool.workers.push(worker);
         }
@@ -267,18 +274,6 @@ impl<T: Default> PerThread<T> {
     }
 }
 
-/// Processor cores that this process may use, hyper-threads of one core counted once where the
-/// system tells (Linux).
-pub fn physical_cores() -> usize {
-    let logical = thread::available_parallelism().map_or(1, usize::from);
-    let siblings = |cpu: usize| {
-        let path = format!("/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list");
-        std::fs::read_to_string(path).ok()
-    };
-    let cores: BTreeSet<String> = (0..).map_while(siblings).collect();
-    if cores.is_empty() { logical } else { cores.len().min(logical) }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -286,7 +281,7 @@ mod tests {
     #[test]
     fn every_item_once_on_any_number_of_threads() {
         for threads in [1, 2, 3, 8] {
-            let pool = Pool::new(threads).unwrap();
+            let pool = Pool::new(threads, &[]).unwrap();
             for items in [0, 1, 2, 7, 100, 1000] {
                 let seen: Vec<AtomicUsize> = (0..items).map(|_| AtomicUsize::new(0)).collect();
                 pool.run(items, &|thread, item| {
@@ -300,7 +295,7 @@ mod tests {
 
     #[test]
     fn workers_wake_from_parking() {
-        let pool = Pool::new(2).unwrap();
+        let pool = Pool::new(2, &[]).unwrap();
         for _ in 0..20 {
             thread::sleep(Duration::from_millis(1));
             let sum = AtomicUsize::new(0);
@@ -313,7 +308,7 @@ mod tests {
 
     #[test]
     fn a_panic_reaches_the_caller_and_the_pool_lives_on() {
-        let pool = Pool::new(2).unwrap();
+        let pool = Pool::new(2, &[]).unwrap();
         let result = catch_unwind(AssertUnwindSafe(|| {
             pool.run(100, &|_, item| assert_ne!(item, 50));
         }));

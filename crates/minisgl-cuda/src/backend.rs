@@ -132,6 +132,10 @@ impl Backend for CudaBackend {
         self.device.name.clone()
     }
 
+    fn bind_thread(&self) -> Result<()> {
+        self.device.bind()
+    }
+
     fn memory(&self) -> Result<MemoryInfo> {
         self.device.memory()
     }

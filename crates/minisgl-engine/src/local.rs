@@ -306,7 +306,9 @@ impl RankStart {
     fn run(self, reports: Reports) {
         let Self { checkpoint, options, devices, shares, seq_len_max, failure } = self;
         let index = devices.collective.rank();
-        let loaded = LoadedRank::load(&checkpoint, &options, devices, shares, seq_len_max);
+        let bound = devices.backend.bind_thread().map_err(anyhow::Error::from);
+        let loaded = bound
+            .and_then(|()| LoadedRank::load(&checkpoint, &options, devices, shares, seq_len_max));
         drop(checkpoint);
         let budget = loaded.as_ref().map_err(|error| anyhow!("{error:#}"));
         let budget = budget.and_then(LoadedRank::kv_budget);

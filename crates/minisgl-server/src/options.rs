@@ -26,6 +26,8 @@ pub struct ServerOptions {
     pub request_timeout: Option<Duration>,
     /// How long requests may go on after the first signal to end.
     pub drain_timeout: Duration,
+    /// How long a server whose engine has failed says so on `/health`, before it ends.
+    pub failure_shown: Duration,
     /// Connections open at once; further ones wait to be accepted.
     pub connections_max: usize,
 }
@@ -43,6 +45,7 @@ impl Default for ServerOptions {
             write_timeout: Duration::from_secs(60),
             request_timeout: None,
             drain_timeout: Duration::from_secs(30),
+            failure_shown: Duration::from_secs(5),
             connections_max: 8192,
         }
     }

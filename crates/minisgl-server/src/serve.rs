@@ -25,11 +25,14 @@ use crate::router::router;
 const HEAD_BYTES_MAX: usize = 64 << 10;
 /// How long the loop waits when the process has no more file handles.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+/// How often the engine's health is looked at.
+const HEALTH_POLL: Duration = Duration::from_millis(100);
 /// How long clients may take over the last bytes when the server ends.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 
 /// Serves until SIGTERM or SIGINT: then requests that run may finish within
-/// `options.drain_timeout`, and new ones get 503. A second signal ends at once.
+/// `options.drain_timeout`, and new ones get 503. A second signal ends at once. If the engine fails,
+/// serves errors for `options.failure_shown`, so that whoever watches `/health` sees why, and ends.
 ///
 /// # Errors
 /// If signals cannot be listened to, or the engine fails.
@@ -52,7 +55,7 @@ pub async fn serve_until(
     listener: TcpListener,
     mut signals: mpsc::Receiver<()>,
 ) -> Result<()> {
-    let drain_timeout = options.drain_timeout;
+    let (drain_timeout, failure_shown) = (options.drain_timeout, options.failure_shown);
     let app = App::new(frontend.clone(), options);
     let (draining, drained) = watch::channel(false);
     // Every connection holds a clone; when the last one is gone, all have ended.
@@ -62,6 +65,7 @@ pub async fn serve_until(
         tokio::select! {
             () = &mut accepting => {}
             () = signal(&mut signals) => {}
+            () = failed(&frontend, failure_shown) => {}
         }
         tracing::info!("draining: {} choices in flight", frontend.in_flight());
         app.drain();
@@ -99,6 +103,14 @@ async fn signal(signals: &mut mpsc::Receiver<()>) {
     if signals.recv().await.is_none() {
         std::future::pending::<()>().await;
     }
+}
+
+/// Until the engine has failed, and `shown` behind that.
+async fn failed(frontend: &Frontend, shown: Duration) {
+    while frontend.is_healthy() {
+        sleep(HEALTH_POLL).await;
+    }
+    sleep(shown).await;
 }
 
 async fn accept_all(

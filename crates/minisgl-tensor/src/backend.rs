@@ -38,6 +38,8 @@ pub trait Backend: Send + Sync {
 
     /// For messages: `"cpu (AVX2, 2 threads)"`, `"NVIDIA H200"`.
     fn name(&self) -> String;
+    /// The calling thread is the one that will drive this device: called once, before anything else.
+    fn bind_thread(&self) -> Result<()>;
     /// What the device has and what of it is free.
     fn memory(&self) -> Result<MemoryInfo>;
     /// The type of activations at this precision.

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use minisgl_cpu::{CpuBackend, CpuOptions, physical_cores, shared_memory_group};
+use minisgl_cpu::{CpuBackend, CpuOptions, cores_of, physical_cores, shared_memory_group};
 use minisgl_cuda::{CudaBackend, CudaOptions, GroupOptions, Transport};
 use minisgl_engine::{Checkpoint, EngineOptions, KvSize, LocalEngine};
 use minisgl_tensor::{Alone, Backend, Collective, Precision};
@@ -68,9 +68,14 @@ fn open_ranks(device: Device, options: &RuntimeOptions) -> Result<Vec<RankDevice
         }
         Device::Cpu | Device::Auto => {
             let share = || (physical_cores() / ranks).max(1);
-            let threads = Some(options.threads.unwrap_or_else(share));
-            let cpu = CpuOptions { threads, precision, ..CpuOptions::default() };
-            let backend = |_| CpuBackend::new(cpu.clone());
+            let threads = options.threads.unwrap_or_else(share);
+            let backend = |rank| {
+                // One rank has the machine to itself, and the system places its threads well.
+                let cores = if ranks > 1 { cores_of(rank, ranks) } else { Vec::new() };
+                let cores = if threads <= cores.len() { cores } else { Vec::new() };
+                let threads = Some(threads);
+                CpuBackend::new(CpuOptions { threads, cores, precision, ..CpuOptions::default() })
+            };
             let backends = (0..ranks).map(backend).collect::<Result<Vec<_>, _>>()?;
             let ends: Vec<Arc<dyn Collective>> = match ranks {
                 1 => vec![Arc::new(Alone)],
@@ -90,9 +95,12 @@ fn open_cards(
     group: GroupOptions,
 ) -> Result<Vec<RankDevices>> {
     let cards = minisgl_cuda::devices().len();
+    let most = cards.saturating_sub(first);
+    // A first card that is not there has a message of its own.
     ensure!(
-        ranks == 1 || first + ranks <= cards,
-        "--tp {ranks} from cuda:{first} on needs {} GPUs, this machine has {cards}",
+        ranks <= most || most == 0,
+        "--tp {ranks} from cuda:{first} on needs {} GPUs, this machine has {cards}; 1 to {most} \
+         would do",
         first + ranks
     );
     let open = |device| CudaBackend::new(CudaOptions { device, precision }).map(Arc::new);

@@ -32,7 +32,7 @@ pub fn rigs(test: &str) -> Vec<Rig> {
     let mut rigs = Vec::new();
     for isa in [IsaChoice::Avx2, IsaChoice::Portable] {
         for precision in [Precision::Native, Precision::Exact] {
-            let options = CpuOptions { threads: Some(3), precision, isa };
+            let options = CpuOptions { threads: Some(3), precision, isa, ..CpuOptions::default() };
             match CpuBackend::new(options) {
                 Ok(b) => rigs.push(Rig { b, precision, state: seed }),
                 Err(why) => eprintln!("{test}: {isa:?} skipped: {why}"),

@@ -179,6 +179,10 @@ impl Backend for Reference {
         "reference".into()
     }
 
+    fn bind_thread(&self) -> Result<()> {
+        Ok(())
+    }
+
     fn memory(&self) -> Result<MemoryInfo> {
         let free = if self.free == 0 { 1 << 30 } else { self.free };
         Ok(MemoryInfo { total: 1 << 30, free })

@@ -200,7 +200,8 @@ fn a_request_may_take_so_long_and_no_longer() {
 fn a_failing_engine_answers_everybody_and_turns_health_off() {
     let mut setup = Setup::slow();
     setup.engine.fail_at = Some(100);
-    let server = setup.start();
+    setup.server.failure_shown = Duration::from_secs(2);
+    let mut server = setup.start();
     let streams: Vec<_> = (0..4).map(|_| server.send(TEXT, &endless(true))).collect();
     server.wait_for_in_flight(4);
     let whole: Vec<_> = (0..8).map(|_| server.send(TEXT, &endless(false))).collect();
@@ -215,6 +216,10 @@ fn a_failing_engine_answers_everybody_and_turns_health_off() {
     assert_eq!(server.get("/health").status, 503);
     assert_eq!(server.post(TEXT, &endless(false)).status, 503);
     assert_eq!(server.get("/v1/models").status, 200);
+    // Nobody has to tell it to end.
+    wait_for_end(&server, Duration::from_secs(5));
+    let error = server.outcome().unwrap_err().to_string();
+    assert!(error.contains("the engine has failed"), "{error}");
 }
 
 fn wait_for_end(server: &Server, limit: Duration) {

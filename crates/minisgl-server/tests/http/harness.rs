@@ -108,6 +108,11 @@ impl Server {
         self.thread.as_ref().is_none_or(JoinHandle::is_finished)
     }
 
+    /// What `serve` has returned; once.
+    pub fn outcome(&mut self) -> anyhow::Result<()> {
+        self.thread.take().expect("asked for once").join().unwrap()
+    }
+
     pub fn connect(&self) -> TcpStream {
         let stream = TcpStream::connect(self.address).unwrap();
         stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
