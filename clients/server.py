@@ -116,9 +116,11 @@ def minisgl(*flags, port=0):
 
 
 @contextlib.contextmanager
-def fake(answer=FAKE_ANSWER, port=0):
+def fake(answer=FAKE_ANSWER, **flags):
     """The server on an engine that gives every prompt the same answer, a token for each byte."""
-    server = Server([BINARIES / "examples/fake_server", port, answer])
+    command = [BINARIES / "examples/fake_server", "--port=0", f"--answer={answer}"]
+    command += [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
+    server = Server(command)
     try:
         yield server
     finally:

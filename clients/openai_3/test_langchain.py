@@ -2,6 +2,7 @@
 
 import asyncio
 
+import pydantic
 import pytest
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 from langchain_core.output_parsers import StrOutputParser
@@ -81,3 +82,17 @@ def test_completions(options):
     assert [len(choices) for choices in result.generations] == [1, 1]
     assert result.generations[0][0].text.startswith(" west")
     assert result.llm_output["token_usage"]["completion_tokens"] == 8
+
+
+class Sea(pydantic.BaseModel):
+    """A sea."""
+
+    is_salty: bool
+
+
+def test_tools_and_structured_output(chat):
+    call = chat.bind_tools([Sea], tool_choice="any").invoke("Is the sea salty?").tool_calls[0]
+    assert call["name"] == "Sea" and isinstance(call["args"]["is_salty"], bool)
+    for method in ["json_schema", "function_calling"]:
+        answer = chat.with_structured_output(Sea, method=method).invoke("Is the sea salty?")
+        assert isinstance(answer, Sea), method

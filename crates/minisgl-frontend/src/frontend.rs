@@ -16,7 +16,7 @@ use minisgl_text::TextModel;
 
 use crate::choice::ChoiceText;
 use crate::generation::{Generation, Mailbox};
-use crate::grammar::{Grammar, GrammarCompiler, GrammarError, GrammarSource};
+use crate::grammar::{Grammar, GrammarCompiler, GrammarError, GrammarSource, STACK_BYTES};
 use crate::request::{GenerateRequest, Prompt, SubmitError};
 use crate::stats::FrontendStats;
 use crate::text_thread::{Arrivals, TextThread};
@@ -103,8 +103,10 @@ impl Frontend {
             }
             drop(until_recorded);
         };
+        // Masks are computed there, by recursion as forms are compiled.
+        let scheduler = thread::Builder::new().name("scheduler".into()).stack_size(STACK_BYTES);
         let threads = vec![
-            thread::Builder::new().name("scheduler".into()).spawn(scheduler_thread)?,
+            scheduler.spawn(scheduler_thread)?,
             thread::Builder::new().name("text".into()).spawn(|| text_thread.run())?,
         ];
         Ok(Self(Arc::new(Inner {

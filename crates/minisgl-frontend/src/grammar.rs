@@ -2,16 +2,22 @@
 
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
 
-use llguidance::api::TopLevelGrammar;
+use llguidance::api::{GrammarInit, TopLevelGrammar};
 use llguidance::toktrie::{TokRxInfo, TokTrie, TokenizerEnv};
-use llguidance::{Matcher, ParserFactory};
+use llguidance::{Logger, Matcher, ParserFactory};
 use minisgl_scheduler::message::Constraint;
 use minisgl_text::TextModel;
 use serde_json::{Value, json};
 
 /// What compiling takes grows with the text; no form that people write is longer.
 const SOURCE_BYTES_MAX: usize = 64 << 10;
+/// Compiling follows references by recursion, as far as a text of that length can lead. Memory is
+/// taken only for what is used.
+pub(crate) const STACK_BYTES: usize = 256 << 20;
+/// States of one answer's lexer, of 1 or 2 KiB each.
+const LEXER_STATES_MAX: usize = 50_000;
 
 /// A form, as a request has it.
 #[derive(Clone, Debug)]
@@ -65,22 +71,57 @@ impl GrammarCompiler {
         let environment: Arc<dyn TokenizerEnv + Sync> = Arc::new(Vocabulary(trie));
         let mut parsers = ParserFactory::new_simple(&environment).map_err(GrammarError::new)?;
         parsers.quiet();
+        let limits = parsers.limits_mut();
+        // An error must not show the parser's insides.
+        limits.verbose_errors = false;
+        limits.max_lexer_states = LEXER_STATES_MAX;
         let eos_ids = text.eos_ids.as_slice().into();
         Ok(Self { parsers, words: vocab_size.div_ceil(32), eos_ids })
     }
 
-    /// Compiles a form within bounds of time and memory.
+    /// Compiles a form within bounds of time and memory, on a thread that is made for it.
     pub fn compile(&self, source: &GrammarSource) -> Result<Grammar, GrammarError> {
+        thread::scope(|scope| {
+            let compile = || self.compile_here(source);
+            let thread = thread::Builder::new().name("grammar".into()).stack_size(STACK_BYTES);
+            let compiled = thread.spawn_scoped(scope, compile).map_err(GrammarError::new)?.join();
+            compiled.unwrap_or_else(|_| Err(GrammarError("compiling it panicked".to_string())))
+        })
+    }
+
+    fn compile_here(&self, source: &GrammarSource) -> Result<Grammar, GrammarError> {
         let grammar = source.parse()?;
-        let matcher = Matcher::new(self.parsers.create_parser(grammar));
-        match matcher.get_error() {
-            Some(error) => Err(GrammarError::new(error)),
-            None => Ok(Grammar {
-                start: Arc::new(Mutex::new(matcher)),
-                words: self.words,
-                eos_ids: Arc::clone(&self.eos_ids),
-            }),
+        self.check_first_bytes(grammar.clone()).map_err(GrammarError::new)?;
+        let mut matcher = Matcher::new(self.parsers.create_parser(grammar));
+        // The first mask takes the most time, and shows that an answer can begin at all. Clones
+        // have it.
+        matcher.compute_mask_or_eos().map_err(GrammarError::new)?;
+        Ok(Grammar {
+            start: Arc::new(Mutex::new(matcher)),
+            words: self.words,
+            eos_ids: Arc::clone(&self.eos_ids),
+        })
+    }
+
+    /// Tries all first bytes, within a bound. Making a parser does the same without one, and takes
+    /// hours over an integer that is a multiple of 99999999.
+    fn check_first_bytes(&self, grammar: TopLevelGrammar) -> anyhow::Result<()> {
+        let Self { parsers, .. } = self;
+        let mut limits = parsers.limits().clone();
+        let init = GrammarInit::Serialized(grammar);
+        let vocabulary = Some(parsers.tok_env().clone());
+        let mut quiet = Logger::new(0, 0);
+        let lexemes = parsers.extra_lexemes();
+        let grammar = init.to_cgrammar(vocabulary, &mut quiet, limits.clone(), lexemes)?;
+        let spec = grammar.lexer_spec();
+        let mut lexer = spec.to_regex_vec(&mut limits)?;
+        lexer.set_fuel(limits.initial_lexer_fuel);
+        let start = lexer.initial_state(&spec.all_lexemes());
+        for byte in 0..=u8::MAX {
+            lexer.transition(start, byte);
+            anyhow::ensure!(!lexer.has_error(), "it is too complex");
         }
+        Ok(())
     }
 }
 
@@ -117,7 +158,10 @@ fn dense(schema: &Value) -> Value {
 
 impl GrammarError {
     fn new(error: impl fmt::Display) -> Self {
-        Self(format!("{error:#}"))
+        let error = format!("{error:#}");
+        // What stands in place of the parser's insides, and what it calls a mask without a token.
+        let error = error.trim_end_matches("\n<non-verbose/>");
+        Self(error.replace("NoExtensionBias", "no token can come next"))
     }
 }
 
@@ -145,7 +189,8 @@ struct Progress {
 
 impl Constraint for Progress {
     fn mask(&mut self) -> Result<Option<Arc<Vec<u32>>>, String> {
-        let allowed = self.matcher.compute_mask_or_eos().map_err(|error| format!("{error:#}"))?;
+        let allowed = self.matcher.compute_mask_or_eos();
+        let allowed = allowed.map_err(|error| GrammarError::new(error).0)?;
         let mut mask = allowed.as_slice().to_vec();
         mask.resize(self.words, 0);
         Ok(Some(Arc::new(mask)))
@@ -157,7 +202,7 @@ impl Constraint for Progress {
         if self.eos_ids.contains(&token) {
             return Ok(false);
         }
-        self.matcher.consume_token(token).map_err(|error| format!("{error:#}"))?;
+        self.matcher.consume_token(token).map_err(|error| GrammarError::new(error).0)?;
         Ok(true)
     }
 }

@@ -62,7 +62,7 @@ impl From<&FinishReason> for Outcome {
             FinishReason::Length => Outcome::Length,
             FinishReason::Abort => Outcome::Abort,
             FinishReason::Refused(_) => Outcome::Refused,
-            FinishReason::Error(_) => Outcome::Error,
+            FinishReason::ConstraintFailed(_) | FinishReason::Error(_) => Outcome::Error,
         }
     }
 }

@@ -211,7 +211,11 @@ fn the_queue_has_a_bound_and_dropping_makes_room() {
 
 #[test]
 fn a_failing_engine_answers_everybody_and_says_so() {
-    let frontend = start(NextToken::Hash, |options| options.fail_at = Some(3));
+    let frontend = start(NextToken::Hash, |options| {
+        // Late enough for all to be submitted before.
+        options.fail_at = Some(10);
+        options.step_time.0 = Duration::from_millis(20);
+    });
     let generations: Vec<_> = (0..4).map(|_| frontend.submit(request("x", 100)).unwrap()).collect();
     for generation in generations {
         assert!(matches!(read_one(generation).reason, FinishReason::Error(_)));

@@ -28,7 +28,7 @@ pub struct NewRequest {
 /// A grammar as the scheduler sees it: it says which tokens may come next, and is told which did.
 pub trait Constraint: Send {
     /// The allowed next tokens, a bit each, low bit first; `None` allows all. An error ends the
-    /// request with `FinishReason::Error`.
+    /// request with `FinishReason::ConstraintFailed`.
     fn mask(&mut self) -> Result<Option<Arc<Vec<u32>>>, String>;
     /// Takes the token that was sampled; false when it ends what the grammar describes.
     fn advance(&mut self, token: u32) -> Result<bool, String>;
@@ -100,6 +100,8 @@ pub enum FinishReason {
     Abort,
     /// It was never run: it cannot fit, or the scheduler takes no more.
     Refused(Refusal),
+    /// Its constraint cannot go on, and says why.
+    ConstraintFailed(Arc<str>),
     /// It, or the engine, failed.
     Error(Arc<str>),
 }

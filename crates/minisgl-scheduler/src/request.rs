@@ -200,7 +200,8 @@ impl Request {
 
 /// Calls foreign code of one request: if it fails or panics, that request ends and no other.
 fn contained<T>(call: impl FnOnce() -> Result<T, String>) -> Result<T, FinishReason> {
-    let result = catch_unwind(AssertUnwindSafe(call))
-        .unwrap_or_else(|_| Err("the constraint panicked".to_owned()));
-    result.map_err(|error| FinishReason::Error(error.into()))
+    match catch_unwind(AssertUnwindSafe(call)) {
+        Ok(result) => result.map_err(|error| FinishReason::ConstraintFailed(error.into())),
+        Err(_) => Err(FinishReason::Error("the constraint panicked".into())),
+    }
 }

@@ -3,6 +3,7 @@
 mod common;
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 
 use common::{Hooked, Served, engine, greedy, limits, options, prompt, request, serve, submit};
@@ -85,7 +86,7 @@ fn tokens_follow_their_grammar_and_end_with_it() {
     let roomy = both_ways(limits(), mixed);
     // The same with preemptions: a grammar keeps its state while its request waits.
     let tight = both_ways(EngineLimits { pages: 40, ..limits() }, mixed);
-    assert!(tight.stats.preemptions.load(std::sync::atomic::Ordering::Relaxed) > 0);
+    assert!(tight.stats.preemptions.load(Relaxed) > 0);
     assert_eq!(roomy.all_tokens(), tight.all_tokens());
     for id in 0..10 {
         let tokens = roomy.tokens(id);
@@ -93,6 +94,65 @@ fn tokens_follow_their_grammar_and_end_with_it() {
         let last = tokens.last().copied();
         assert_eq!(*roomy.finish(id), FinishReason::Stop { matched: last });
     }
+}
+
+/// Allows everything, and notes behind how many launches and waits it is asked.
+#[derive(Clone, Default)]
+struct Witness {
+    launched: Arc<AtomicUsize>,
+    waited: Arc<AtomicUsize>,
+    asked: Arc<Mutex<Vec<(usize, usize)>>>,
+}
+
+impl Constraint for Witness {
+    fn mask(&mut self) -> Result<Option<Arc<Vec<u32>>>, String> {
+        self.asked.lock().unwrap().push((self.launched.load(Relaxed), self.waited.load(Relaxed)));
+        Ok(None)
+    }
+
+    fn advance(&mut self, _: u32) -> Result<bool, String> {
+        Ok(true)
+    }
+}
+
+#[test]
+fn masks_are_computed_while_their_step_runs() {
+    for overlap in [true, false] {
+        let witness = Witness::default();
+        let (launched, waited) = (Arc::clone(&witness.launched), Arc::clone(&witness.waited));
+        let count = |counter: Arc<AtomicUsize>| {
+            move |_: &StepPlan| {
+                counter.fetch_add(1, Relaxed);
+            }
+        };
+        let engine =
+            Hooked { engine: engine(limits()), on_launch: count(launched), on_wait: count(waited) };
+        let bound = NewRequest {
+            constraint: Some(Box::new(witness.clone())),
+            ..request(0, prompt(0, 10), greedy(20))
+        };
+        // Beside one that has no grammar.
+        let commands = [submit(bound), submit(request(1, prompt(1, 10), greedy(20)))];
+        serve(engine, SchedulerOptions { overlap, ..options() }, commands);
+        let asked = witness.asked.lock().unwrap();
+        let between: Vec<_> = (0..20).map(|step| (step + 1, step)).collect();
+        assert_eq!(*asked, between, "the step is launched, and nobody has waited for it");
+    }
+}
+
+#[test]
+fn steps_without_a_grammar_have_nothing_to_wait_for() {
+    let seen = Arc::new(Mutex::new(Vec::new()));
+    let note = Arc::clone(&seen);
+    let on_launch = move |plan: &StepPlan| note.lock().unwrap().push(plan.adjustments.is_some());
+    // On an engine with one slot, the one with a grammar comes behind the other one's end.
+    let one_slot = engine(EngineLimits { slots: 1, ..limits() });
+    let engine = Hooked { engine: one_slot, on_launch, on_wait: |_: &StepPlan| {} };
+    let free = submit(request(0, prompt(0, 10), greedy(12)));
+    serve(engine, options(), [free, submit(constrained(1, 5, None))]);
+    let seen = seen.lock().unwrap();
+    let first = seen.iter().position(|adjusted| *adjusted).unwrap();
+    assert!(first >= 12 && seen[first..].iter().all(|adjusted| *adjusted), "{seen:?}");
 }
 
 #[test]
@@ -104,13 +164,12 @@ fn a_broken_grammar_ends_its_request_alone() {
                 let broken = constrained(0, 8, Some((left, trouble)));
                 vec![broken, constrained(1, 12, None), request(2, prompt(2, 9), greedy(12))]
             });
-            let FinishReason::Error(error) = served.finish(0) else { panic!("{trouble:?}") };
             let expected = match trouble {
-                MaskFails => "no mask",
-                AdvanceFails => "no way",
-                MaskPanics | AdvancePanics => "the constraint panicked",
+                MaskFails => FinishReason::ConstraintFailed("no mask".into()),
+                AdvanceFails => FinishReason::ConstraintFailed("no way".into()),
+                MaskPanics | AdvancePanics => FinishReason::Error("the constraint panicked".into()),
             };
-            assert_eq!(**error, *expected);
+            assert_eq!(*served.finish(0), expected);
             // The token that a grammar cannot take is delivered with the error.
             let advances = matches!(trouble, AdvanceFails | AdvancePanics);
             assert_eq!(served.tokens(0).len(), (8 - left) as usize + usize::from(advances));
@@ -197,7 +256,7 @@ fn prompt_logprobs_do_not_depend_on_chunks_cache_or_preemption() {
     let whole = run(limits());
     let cut = run(EngineLimits { step_tokens_max: 16, ..limits() });
     let tight = run(EngineLimits { pages: 48, step_tokens_max: 16, ..limits() });
-    assert!(tight.stats.preemptions.load(std::sync::atomic::Ordering::Relaxed) > 0);
+    assert!(tight.stats.preemptions.load(Relaxed) > 0);
     for id in 4..9 {
         let logprobs = whole.outcomes[&id].prompt_logprobs.as_ref().unwrap();
         assert_eq!(logprobs.len(), 45 + id as usize);

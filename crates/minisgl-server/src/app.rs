@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
-use minisgl_frontend::{Frontend, GenerateRequest, Generation, Prompt};
-use tokio::sync::Semaphore;
+use minisgl_frontend::{Frontend, GenerateRequest, Generation, Prompt, SubmitError};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::error::ApiError;
 use crate::options::ServerOptions;
@@ -25,15 +25,19 @@ pub struct App {
     draining: AtomicBool,
     /// As many as there are cores: more threads that parse and encode would not be faster.
     workers: Arc<Semaphore>,
+    /// In KiB, what large bodies may still take.
+    body_room: Arc<Semaphore>,
 }
 
 impl App {
     /// An app that serves until it is told to drain.
     pub fn new(frontend: Frontend, options: ServerOptions) -> Arc<Self> {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let room_kib = (options.bodies_bytes_max >> 10).clamp(1, Semaphore::MAX_PERMITS);
         Arc::new(Self {
             frontend,
             options,
+            body_room: Arc::new(Semaphore::new(room_kib)),
             started_at: Instant::now(),
             started_unix: unix_seconds(),
             draining: AtomicBool::new(false),
@@ -88,6 +92,14 @@ impl App {
         tokio::task::spawn_blocking(run).await.map_err(panicked)?
     }
 
+    /// Waits for room for a large body of this many bytes; one that is larger than all there is
+    /// waits for all of it.
+    pub async fn body_room(&self, bytes: usize) -> Option<OwnedSemaphorePermit> {
+        let all = (self.options.bodies_bytes_max >> 10).clamp(1, u32::MAX as usize);
+        let kib = bytes.div_ceil(1 << 10).min(all) as u32;
+        Arc::clone(&self.body_room).acquire_many_owned(kib).await.ok()
+    }
+
     /// When a request that comes now must be over.
     pub fn deadline(&self) -> Option<tokio::time::Instant> {
         let timeout = self.options.request_timeout?;
@@ -116,8 +128,12 @@ impl App {
             validate::length(ids.len(), &request.params, self.frontend.len_max(), prompt)?;
             request.prompt = Prompt::Tokens(ids);
         }
-        let submitted = self.frontend.submit_all(requests);
-        submitted.map_err(|error| ApiError::from_submit(&error, prompt))
+        // Whichever field asks for several choices may ask for too many.
+        let several = if requests.iter().any(|request| request.n > 1) { "n" } else { prompt };
+        self.frontend.submit_all(requests).map_err(|error| match error {
+            SubmitError::TooManyChoices { .. } => ApiError::invalid(several, error.to_string()),
+            error => ApiError::from_submit(&error, prompt),
+        })
     }
 
     /// The name that answers carry.

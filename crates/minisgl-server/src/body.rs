@@ -1,39 +1,91 @@
-//! Request bodies: bounded in size and time, JSON, with the field named that is wrong.
+//! Request bodies: bounded in size and time, each and all together; JSON, with the field named that
+//! is wrong.
 
-use axum::body::{Body, Bytes, to_bytes};
+use std::ops::Deref;
+
+use axum::body::Body;
 use axum::extract::Request;
 use axum::http::{HeaderMap, StatusCode, header};
+use http_body_util::BodyExt;
 use serde::de::DeserializeOwned;
+use tokio::sync::OwnedSemaphorePermit;
+use tokio::time::{Instant, timeout_at};
 
+use crate::app::App;
 use crate::error::ApiError;
-use crate::options::ServerOptions;
+
+/// A body that is not longer needs no room of its own: as many as there are connections fit.
+const SMALL_BYTES: usize = 64 << 10;
+
+/// A body, and its room in what all bodies together may take.
+#[derive(Default)]
+pub struct Received {
+    bytes: Vec<u8>,
+    room: Option<OwnedSemaphorePermit>,
+}
+
+impl Deref for Received {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.bytes
+    }
+}
 
 /// Reads a whole body that says it is JSON.
 ///
 /// # Errors
-/// 413, 415, or 408 where it does not come in time.
-pub async fn read(request: Request, options: &ServerOptions) -> Result<Bytes, ApiError> {
+/// 413, 415, 408 where it does not come in time, or 503 where too many large ones come at once.
+pub async fn read(request: Request, app: &App) -> Result<Received, ApiError> {
     check_content_type(request.headers())?;
-    let limit = options.body_bytes_max;
-    let too_large = || {
-        let message = format!("the body has more than {limit} bytes");
-        ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, message)
-    };
+    let limit = app.options.body_bytes_max;
     let length = request.headers().get(header::CONTENT_LENGTH);
     let length = length.and_then(|length| length.to_str().ok()?.parse::<usize>().ok());
-    if length.is_some_and(|length| length > limit) {
-        return Err(too_large());
+    let length_max = length.unwrap_or(limit);
+    if length_max > limit {
+        return Err(too_large(limit));
     }
-    let body: Body = request.into_body();
-    match tokio::time::timeout(options.body_timeout, to_bytes(body, limit)).await {
-        Ok(Ok(bytes)) => Ok(bytes),
-        Ok(Err(error)) if is_length_limit(&error) => Err(too_large()),
-        Ok(Err(error)) => Err(ApiError::new(StatusCode::BAD_REQUEST, error.to_string())),
-        Err(_) => {
-            let message = "the body did not arrive in time";
-            Err(ApiError::new(StatusCode::REQUEST_TIMEOUT, message))
+    let late = |_| ApiError::new(StatusCode::REQUEST_TIMEOUT, "the body did not arrive in time");
+    let deadline = || Instant::now() + app.options.body_timeout;
+    let (mut until, mut body) = (deadline(), request.into_body());
+    let mut received = Received::default();
+    while let Some(data) = timeout_at(until, next(&mut body)).await.map_err(late)?? {
+        let come = received.bytes.len() + data.len();
+        if come > limit {
+            return Err(too_large(limit));
+        }
+        // Only now: what is announced and does not come takes nobody's room.
+        if come > SMALL_BYTES && received.room.is_none() {
+            let busy = |_| {
+                ApiError::unavailable("too many large requests come at once")
+                    .with_code("overloaded")
+            };
+            received.room = timeout_at(until, app.body_room(length_max)).await.map_err(busy)?;
+            received.bytes.reserve_exact(length_max - received.bytes.len());
+            until = deadline();
+        }
+        received.bytes.extend_from_slice(&data);
+    }
+    Ok(received)
+}
+
+/// The next piece of a body; `None` behind the last.
+async fn next(body: &mut Body) -> Result<Option<axum::body::Bytes>, ApiError> {
+    while let Some(frame) = body.frame().await {
+        let broken = |error: axum::Error| {
+            ApiError::new(StatusCode::BAD_REQUEST, format!("the body breaks off: {error}"))
+        };
+        // Trailers say nothing here.
+        if let Ok(data) = frame.map_err(broken)?.into_data() {
+            return Ok(Some(data));
         }
     }
+    Ok(None)
+}
+
+fn too_large(limit: usize) -> ApiError {
+    let message = format!("the body has more than {limit} bytes");
+    ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, message)
 }
 
 /// Parses JSON. Fields that `T` does not have are passed over.
@@ -67,15 +119,4 @@ fn check_content_type(headers: &HeaderMap) -> Result<(), ApiError> {
     }
     let message = format!("the body is {essence:?}, and only application/json is understood");
     Err(ApiError::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, message))
-}
-
-fn is_length_limit(error: &axum::Error) -> bool {
-    let mut source = std::error::Error::source(error);
-    while let Some(error) = source {
-        if error.to_string().contains("length limit") {
-            return true;
-        }
-        source = error.source();
-    }
-    false
 }

@@ -36,10 +36,10 @@ const PROMPT_FIELD: &str = "messages";
 pub async fn chat(State(app): State<Arc<App>>, request: Request) -> Result<Response, ApiError> {
     app.check_ready()?;
     let deadline = app.deadline();
-    let bytes = body::read(request, &app.options).await?;
+    let received = body::read(request, &app).await?;
     let submit = move |app: &Arc<App>| {
-        let common: Common = body::parse(&bytes)?;
-        let fields: ChatFields = body::parse(&bytes)?;
+        let common: Common = body::parse(&received)?;
+        let fields: ChatFields = body::parse(&received)?;
         app.check_model(common.model.as_deref())?;
         let mut answer = Answer {
             app: Arc::clone(app),

@@ -34,10 +34,10 @@ pub async fn completions(
 ) -> Result<Response, ApiError> {
     app.check_ready()?;
     let deadline = app.deadline();
-    let bytes = body::read(request, &app.options).await?;
+    let received = body::read(request, &app).await?;
     let submit = move |app: &Arc<App>| {
-        let common: Common = body::parse(&bytes)?;
-        let fields: CompletionFields = body::parse(&bytes)?;
+        let common: Common = body::parse(&received)?;
+        let fields: CompletionFields = body::parse(&received)?;
         app.check_model(common.model.as_deref())?;
         let (form, mut request) = prepare(app, &common, &fields)?;
         let echoes = if fields.echo { echoes(app, &fields.prompt) } else { Vec::new() };

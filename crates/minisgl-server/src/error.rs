@@ -95,9 +95,10 @@ impl ApiError {
     pub fn from_submit(error: &SubmitError, prompt: &'static str) -> Self {
         let message = error.to_string();
         match error {
-            SubmitError::Text(_) => Self::invalid(prompt, message),
+            SubmitError::Text(_) | SubmitError::TooManyChoices { .. } => {
+                Self::invalid(prompt, message)
+            }
             SubmitError::Refused(refusal) => Self::from_refusal(refusal, prompt),
-            SubmitError::TooManyChoices { .. } => Self::invalid("n", message),
             SubmitError::Unhealthy(_) => Self::unavailable(message),
         }
     }
@@ -122,6 +123,10 @@ impl ApiError {
             FinishReason::Stop { .. } | FinishReason::Length => None,
             FinishReason::Abort => Some(Self::unavailable("the server is shutting down")),
             FinishReason::Refused(refusal) => Some(Self::from_refusal(refusal, prompt)),
+            FinishReason::ConstraintFailed(reason) => {
+                let message = format!("the form that the answer is bound to: {reason}");
+                Some(Self::new(StatusCode::BAD_REQUEST, message))
+            }
             FinishReason::Error(message) => Some(Self::internal(&**message)),
         }
     }

@@ -180,9 +180,9 @@ pub async fn tokenize(
     State(app): State<Arc<App>>,
     request: Request,
 ) -> Result<Json<Tokenized>, ApiError> {
-    let bytes = body::read(request, &app.options).await?;
+    let received = body::read(request, &app).await?;
     let encode = move |app: &Arc<App>| {
-        let request: TokenizeRequest = body::parse(&bytes)?;
+        let request: TokenizeRequest = body::parse(&received)?;
         app.check_model(request.model.as_deref())?;
         let with_strings = request.return_token_strs;
         let (field, prompt) = match (request.prompt, request.messages) {
@@ -221,9 +221,9 @@ pub async fn detokenize(
     State(app): State<Arc<App>>,
     request: Request,
 ) -> Result<Json<Detokenized>, ApiError> {
-    let bytes = body::read(request, &app.options).await?;
+    let received = body::read(request, &app).await?;
     let decode = move |app: &Arc<App>| {
-        let request: DetokenizeRequest = body::parse(&bytes)?;
+        let request: DetokenizeRequest = body::parse(&received)?;
         let vocab_size = app.frontend.limits().vocab_size;
         if let Some(id) = request.tokens.iter().find(|&&id| id as usize >= vocab_size) {
             let message = format!("{id} is not in the vocabulary of {vocab_size}");

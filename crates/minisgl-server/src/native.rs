@@ -31,9 +31,9 @@ use crate::wire::native::{
 pub async fn generate(State(app): State<Arc<App>>, request: Request) -> Result<Response, ApiError> {
     app.check_ready()?;
     let (deadline, received_at) = (app.deadline(), Instant::now());
-    let bytes = body::read(request, &app.options).await?;
+    let received = body::read(request, &app).await?;
     let submit = move |app: &Arc<App>| {
-        let request: NativeRequest = body::parse(&bytes)?;
+        let request: NativeRequest = body::parse(&received)?;
         let (field, given) = match (request.text, request.input_ids) {
             (Some(text @ (Prompts::Text(_) | Prompts::Texts(_))), None) => ("text", text),
             (None, Some(ids @ (Prompts::Tokens(_) | Prompts::TokenLists(_)))) => ("input_ids", ids),

@@ -11,13 +11,13 @@ use serde_json::{Map, Value, json};
 
 use crate::app::App;
 use crate::error::ErrorBody;
-use crate::wire::chat::{ChatCompletion, ChatFields};
+use crate::wire::chat::{ChatChunk, ChatCompletion, ChatFields};
 use crate::wire::completion::{Completion, CompletionFields};
 use crate::wire::info::{
-    DetokenizeRequest, Detokenized, Flushed, Load, Loads, ModelInfo, ModelList, ServerInfo,
-    TokenizeRequest, Tokenized, Version,
+    DetokenizeRequest, Detokenized, Flushed, Load, Loads, ModelCard, ModelInfo, ModelList,
+    ServerInfo, TokenizeRequest, Tokenized, Version,
 };
-use crate::wire::native::{NativeAnswer, NativeRequest};
+use crate::wire::native::{NativeAnswer, NativeOutput, NativeRequest};
 use crate::wire::sampling::Common;
 
 /// `/openapi.json`
@@ -45,14 +45,23 @@ fn openapi(has_key: bool) -> Value {
     api.post::<ChatCompletion<'_>>("/v1/chat/completions", "Answer a chat", Some(chat));
     api.post::<Completion<'_>>("/v1/completions", "Continue texts", Some(completion));
     api.post::<NativeAnswer<'_>>("/generate", "Continue texts, in SGLang's form", Some(native));
+    api.streams::<ChatChunk<'_>>("/v1/chat/completions");
+    api.streams::<Completion<'_>>("/v1/completions");
+    api.streams::<NativeOutput<'_>>("/generate");
     api.post::<Tokenized>("/tokenize", "Text or a chat to token ids", Some(tokenize));
     api.post::<Detokenized>("/detokenize", "Token ids to text", Some(detokenize));
     let flush = "Empty the prefix cache of what no request uses";
     api.post::<Flushed>("/flush_cache", flush, None);
     api.get::<Flushed>("/flush_cache", flush);
     api.get::<ModelList<'_>>("/v1/models", "The models served");
-    api.get::<ModelInfo<'_>>("/model_info", "About the model");
-    api.get::<ServerInfo<'_>>("/server_info", "About the server");
+    api.get::<ModelCard<'_>>("/v1/models/{name}", "One of them");
+    api.takes_name("/v1/models/{name}");
+    for path in ["/model_info", "/get_model_info"] {
+        api.get::<ModelInfo<'_>>(path, "About the model");
+    }
+    for path in ["/server_info", "/get_server_info"] {
+        api.get::<ServerInfo<'_>>(path, "About the server");
+    }
     api.get::<Vec<Load>>("/get_load", "What there is to do");
     api.get::<Loads>("/v1/loads", "What there is to do, in more detail");
     api.get::<Version>("/version", "The program's version");
@@ -93,6 +102,23 @@ impl Api {
             operation["requestBody"] = json!({"required": true, "content": content});
         }
         self.add(path, "post", operation);
+    }
+
+    /// Says that the answer comes in events of this type where `stream` asks for them.
+    fn streams<E: JsonSchema>(&mut self, path: &str) {
+        let events = [self.schema::<E>(), self.schema::<ErrorBody<'_>>()];
+        let event = json!({"schema": {"anyOf": events}});
+        self.paths[path]["post"]["responses"]["200"]["content"]["text/event-stream"] = event;
+    }
+
+    /// Describes the `{name}` in a path.
+    fn takes_name(&mut self, path: &str) {
+        let schema = json!({"type": "string", "minLength": 1});
+        let name = json!({"name": "name", "in": "path", "required": true, "schema": schema});
+        let operation = &mut self.paths[path]["get"];
+        operation["parameters"] = json!([name]);
+        let refusal = operation["responses"]["503"].clone();
+        operation["responses"]["404"] = refusal;
     }
 
     fn add(&mut self, path: &str, method: &str, operation: Value) {

@@ -16,6 +16,9 @@ pub struct ServerOptions {
     pub cors_origins: Vec<String>,
     /// Longest request body, in bytes.
     pub body_bytes_max: usize,
+    /// What bodies above 64 KiB may take together while they come and are parsed; further ones wait
+    /// for room, and are told to come back when none is found within `body_timeout`.
+    pub bodies_bytes_max: usize,
     /// How long a connection may take over the headers of its next request.
     pub header_timeout: Duration,
     /// How long a request's body may take to arrive.
@@ -40,6 +43,7 @@ impl Default for ServerOptions {
             api_key: None,
             cors_origins: Vec::new(),
             body_bytes_max: 16 << 20,
+            bodies_bytes_max: 256 << 20,
             header_timeout: Duration::from_secs(30),
             body_timeout: Duration::from_secs(30),
             write_timeout: Duration::from_secs(60),

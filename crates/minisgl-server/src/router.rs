@@ -10,6 +10,7 @@ use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
+use subtle::ConstantTimeEq;
 
 use crate::app::App;
 use crate::chat::chat;
@@ -89,15 +90,12 @@ async fn guard(State(app): State<Arc<App>>, request: Request, next: Next) -> Res
     response
 }
 
-/// Whether the request carries the key, in a time that does not tell how much of it is right.
+/// Whether the request carries the key, in a time that tells at most how long the key is.
 fn has_key(key: Option<&str>, headers: &HeaderMap) -> bool {
     let Some(key) = key else { return true };
     let given = headers.get(header::AUTHORIZATION).map(HeaderValue::as_bytes).unwrap_or_default();
     let (scheme, given) = given.split_at_checked("Bearer ".len()).unwrap_or_default();
-    let differences = key.bytes().zip(given).fold(0, |all, (a, b)| all | (a ^ b));
-    scheme.eq_ignore_ascii_case(b"Bearer ")
-        & (given.len() == key.len())
-        & (std::hint::black_box(differences) == 0)
+    scheme.eq_ignore_ascii_case(b"Bearer ") && bool::from(given.ct_eq(key.as_bytes()))
 }
 
 /// The request's origin, if it may call the server.

@@ -254,7 +254,9 @@ impl Completion {
                         FinishReason::Length => "length",
                         FinishReason::Abort => return Err(anyhow!("aborted")),
                         FinishReason::Refused(refusal) => return Err(refusal.into()),
-                        FinishReason::Error(message) => return Err(anyhow!(message)),
+                        FinishReason::ConstraintFailed(message) | FinishReason::Error(message) => {
+                            return Err(anyhow!(message));
+                        }
                     };
                     let Usage { prompt_tokens, cached_tokens, completion_tokens } = usage;
                     return Ok(Self {

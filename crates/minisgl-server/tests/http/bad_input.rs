@@ -5,6 +5,7 @@ use std::io::{BufReader, Write};
 use std::time::{Duration, Instant};
 
 use crate::harness::{Answer, Server, Setup, http_post};
+use crate::tiny;
 
 const CHAT: &str = "/v1/chat/completions";
 const TEXT: &str = "/v1/completions";
@@ -167,6 +168,7 @@ fn prompts_that_cannot_run() {
             (TEXT, long(1023, 2), 400, "max_tokens"),
             (TEXT, long(1024, 1), 400, "prompt"),
             (TEXT, long(1_000_000, 1), 400, "prompt"),
+            (TEXT, format!(r#"{{"prompt": [{}"a"]}}"#, r#""a","#.repeat(20)), 400, "prompt"),
             (NATIVE, r#"{"text": ""}"#.to_string(), 400, "text"),
             (NATIVE, r#"{"input_ids": [300]}"#.to_string(), 400, "input_ids"),
         ],
@@ -263,6 +265,31 @@ fn templates_that_refuse() {
 }
 
 #[test]
+fn templates_that_fail_or_loop() {
+    for (template, says) in [
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ messages[0].content.nothing.further }}", "undefined"),
+        ("{{ 1 / 0 }}", "unable to calculate 1 / 0"),
+        ("{{ messages | no_such_filter }}", "no_such_filter"),
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "long"),
+        ("{% for a in range(99999) %}{{ messages[0].content * 999 }}{% endfor %}", "too much"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+    ] {
+        let mut setup = Setup::says("ok");
+        setup.text = tiny::with_template(template);
+        let server = setup.start();
+        let sent_at = Instant::now();
+        let answer = server.post(CHAT, &chat(r#""seed": 1"#));
+        assert_eq!(answer.status, 400, "{template}: {answer:?}");
+        let error = &answer.json()["error"];
+        assert_eq!(error["param"], "messages", "{template}: {error}");
+        assert!(error["message"].as_str().unwrap().contains(says), "{template}: {error}");
+        assert!(sent_at.elapsed() < Duration::from_secs(5), "{template}: {:?}", sent_at.elapsed());
+        serves(&server);
+    }
+}
+
+#[test]
 fn requests_that_are_no_requests() {
     let mut setup = Setup::says("ok");
     setup.server.body_bytes_max = 1 << 20;
@@ -325,4 +352,47 @@ fn requests_that_are_no_requests() {
 fn announced_small() -> &'static str {
     "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n\
      content-length: 1000\r\n\r\n"
+}
+
+/// A large body that stops half-way.
+fn half_a_body(server: &Server) -> std::net::TcpStream {
+    let mut stream = server.connect();
+    let head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 200000\r\n\r\n";
+    stream.write_all(head.as_bytes()).unwrap();
+    stream.write_all(&[b' '; 100_000]).unwrap();
+    stream
+}
+
+#[test]
+fn large_bodies_take_turns_and_small_ones_do_not_wait() {
+    let mut setup = Setup::says("ok");
+    setup.server.bodies_bytes_max = 256 << 10;
+    setup.server.body_timeout = Duration::from_millis(600);
+    let server = setup.start();
+    let large = text(&format!(r#""unknown": "{}", "max_tokens": 2"#, "x".repeat(200_000)));
+    // Many heads and little else take nobody's room.
+    let announced: Vec<_> = (0..50)
+        .map(|_| {
+            let mut stream = server.connect();
+            stream.write_all(announced_small().replace("1000", "200000").as_bytes()).unwrap();
+            stream
+        })
+        .collect();
+    assert_eq!(server.post(TEXT, &large).status, 200);
+    drop(announced);
+
+    let first = half_a_body(&server);
+    std::thread::sleep(Duration::from_millis(100));
+    serves(&server);
+    let second = half_a_body(&server);
+    std::thread::sleep(Duration::from_millis(100));
+    // The room is the first one's until it is late, then the second's.
+    let answer = server.post(TEXT, &large);
+    assert_eq!(answer.status, 503, "{answer:?}");
+    assert!(answer.head.contains("retry-after"), "{answer:?}");
+    assert_eq!(answer.json()["error"]["code"], "overloaded");
+    for stream in [first, second] {
+        assert_eq!(Answer::read(&mut BufReader::new(stream)).status, 408);
+    }
+    assert_eq!(server.post(TEXT, &large).status, 200);
 }

@@ -199,7 +199,7 @@ fn a_request_may_take_so_long_and_no_longer() {
 #[test]
 fn a_failing_engine_answers_everybody_and_turns_health_off() {
     let mut setup = Setup::slow();
-    setup.engine.fail_at = Some(100);
+    setup.engine.fail_at = Some(400);
     setup.server.failure_shown = Duration::from_secs(2);
     let mut server = setup.start();
     let streams: Vec<_> = (0..4).map(|_| server.send(TEXT, &endless(true))).collect();

@@ -155,6 +155,16 @@ fn forms_that_cannot_be_used_are_refused_in_time() {
         ("response_format", format(json!({"$ref": "#/$defs/missing"}))),
         ("response_format", format(json!({"enum": many}))),
         ("response_format", format(json!(7))),
+        // Cheap to write, and without a bound dear to prepare.
+        ("response_format", format(json!({"type": "integer", "multipleOf": 99_999_999}))),
+        // Nothing satisfies these.
+        ("response_format", format(json!({"$ref": "#"}))),
+        (
+            "response_format",
+            format(json!({"$defs": {"a": {"allOf": [{"$ref": "#/$defs/a"}]}},
+                                          "$ref": "#/$defs/a"})),
+        ),
+        ("regex", json!("[^\\s\\S]")),
         ("regex", json!("(")),
         ("regex", json!("a".repeat(100_000))),
         ("grammar", json!("")),
@@ -167,7 +177,9 @@ fn forms_that_cannot_be_used_are_refused_in_time() {
         let sent_at = Instant::now();
         let answer = server.post(CHAT, &body.to_string());
         assert_eq!(answer.status, 400, "{shown}: {answer:?}");
-        assert_eq!(answer.json()["error"]["param"], field, "{shown}");
+        let error = &answer.json()["error"];
+        assert_eq!(error["param"], field, "{shown}");
+        assert!(error["message"].as_str().unwrap().len() < 400, "{shown}: {error}");
         assert!(sent_at.elapsed() < Duration::from_secs(5), "{shown}: {:?}", sent_at.elapsed());
     }
     let body = json!({"prompt": "hi", "regex": "a", "grammar": "start: \"a\""});
@@ -176,6 +188,17 @@ fn forms_that_cannot_be_used_are_refused_in_time() {
     let body = json!({"text": "hi", "sampling_params": {"json_schema": "{"}});
     let answer = server.post(NATIVE, &body.to_string());
     assert_eq!(answer.json()["error"]["param"], "sampling_params.json_schema");
+    // References that follow one another for long take a deep stack, and nobody down with them.
+    let linked: serde_json::Map<String, Value> = (0..1000)
+        .map(|index| {
+            let next = json!({"$ref": format!("#/$defs/{}", (index + 1) % 1000)});
+            (index.to_string(), json!({"anyOf": [next, {"type": "null"}]}))
+        })
+        .collect();
+    let form = format(json!({"$defs": linked, "$ref": "#/$defs/0"}));
+    let body = json!({"prompt": "hi", "response_format": form});
+    let answer = server.post(TEXT, &body.to_string());
+    assert!([200, 400].contains(&answer.status), "{answer:?}");
     // Large when written out, and yet cheap.
     let sent_at = Instant::now();
     chat(&server, "regex", json!("((a{1000}){1000}){1000}"));

@@ -341,6 +341,40 @@ fn the_document_names_every_field_and_refers_to_types_that_it_has() {
     }
 }
 
+#[test]
+fn the_document_has_every_endpoint_and_says_what_streams_are_made_of() {
+    let server = Setup::says("a").start();
+    let document = server.get("/openapi.json").json();
+    let paths = document["paths"].as_object().unwrap();
+    let asks = ["/v1/chat/completions", "/v1/completions", "/generate"];
+    let posts = ["/tokenize", "/detokenize", "/flush_cache"];
+    for path in asks.into_iter().chain(posts) {
+        let operation = &paths[path]["post"];
+        assert!(operation["responses"]["400"].is_object(), "{path}: {operation}");
+        let content = operation["responses"]["200"]["content"].as_object().unwrap();
+        assert_eq!(content.contains_key("text/event-stream"), asks.contains(&path), "{path}");
+        assert_ne!(server.post(path, "{}").status, 404, "{path}");
+    }
+    for path in [
+        "/v1/models",
+        "/v1/models/{name}",
+        "/health",
+        "/health_generate",
+        "/metrics",
+        "/server_info",
+        "/get_server_info",
+        "/model_info",
+        "/get_model_info",
+        "/get_load",
+        "/v1/loads",
+        "/flush_cache",
+        "/version",
+    ] {
+        assert!(paths[path]["get"]["responses"]["200"].is_object(), "{path}");
+        assert_eq!(server.get(&path.replace("{name}", "tiny")).status, 200, "{path}");
+    }
+}
+
 fn collect_references(value: &Value, references: &mut Vec<String>) {
     match value {
         Value::Object(object) => {

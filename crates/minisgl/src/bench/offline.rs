@@ -151,7 +151,9 @@ impl OfflineResult {
             Some(FinishReason::Refused(refusal)) => {
                 Err(refusal).with_context(|| format!("request {index}"))
             }
-            Some(FinishReason::Error(error)) => bail!("request {index}: {error}"),
+            Some(FinishReason::ConstraintFailed(error) | FinishReason::Error(error)) => {
+                bail!("request {index}: {error}")
+            }
         }
     }
 }

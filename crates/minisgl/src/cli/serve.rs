@@ -89,7 +89,7 @@ impl ServeArgs {
             .enable_all()
             .build()
             .context("starting the server's threads")?;
-        threads.block_on(async {
+        let served = threads.block_on(async {
             let listener = socket.listen(BACKLOG).context("listening")?;
             let address = listener.local_addr().context("listening")?;
             eprintln!(
@@ -99,7 +99,10 @@ impl ServeArgs {
             );
             let options = self.server_options(&model);
             serve(model.frontend, options, listener).await
-        })
+        });
+        // What still parses or encodes has nobody left to answer.
+        threads.shutdown_background();
+        served
     }
 
     fn bind(&self) -> Result<TcpSocket> {

@@ -217,7 +217,9 @@ impl Answer {
                 }
                 Event::Finished { reason, usage, .. } => match reason {
                     FinishReason::Refused(refusal) => return Err(refusal.into()),
-                    FinishReason::Error(message) => return Err(anyhow!(message)),
+                    FinishReason::ConstraintFailed(message) | FinishReason::Error(message) => {
+                        return Err(anyhow!(message));
+                    }
                     _ => self.usage = Some(usage),
                 },
             }
