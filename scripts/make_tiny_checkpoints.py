@@ -30,7 +30,12 @@ VOCAB = 120
 OUT = pathlib.Path(__file__).parent.parent / "crates/minisgl-engine/tests/tiny"
 
 
-def weights(name, shape):
+# Where the head is the embedding, or embeddings are scaled up, large ones drown what layers add, and
+# greedy decoding repeats itself.
+EMBEDDING_SCALES = {"gemma3": 0.1, "qwen2": 1.0}
+
+
+def weights(name, shape, embedding_scale):
     hash_ = 0xCBF29CE484222325
     for byte in name.encode():
         hash_ = ((hash_ ^ byte) * 0x100000001B3) % 2**64
@@ -44,7 +49,7 @@ def weights(name, shape):
     if "norm" in name and name.endswith("weight"):
         u = np.float32(1) + u
     elif "embed_tokens" in name:
-        u = u * np.float32(2)
+        u = u * np.float32(embedding_scale)
     else:
         u = u * np.float32(0.5)
     return u.reshape(shape)
@@ -81,12 +86,23 @@ def models():
         text_config=text, vision_config=vision, tie_word_embeddings=False))
     yield "qwen2", hf.Qwen2ForCausalLM(hf.Qwen2Config(**{**COMMON,
         "num_attention_heads": 4, "num_key_value_heads": 4, "tie_word_embeddings": True}))
+    # Sizes that are no multiples of what vectors hold; windows from the second layer on.
+    yield "qwen2-window", hf.Qwen2ForCausalLM(hf.Qwen2Config(**{**COMMON,
+        "hidden_size": 72, "intermediate_size": 100, "num_hidden_layers": 3,
+        "num_attention_heads": 6, "num_key_value_heads": 3, "use_sliding_window": True,
+        "max_window_layers": 1, "sliding_window": 8}))
     yield "qwen3", hf.Qwen3ForCausalLM(hf.Qwen3Config(**{**COMMON,
         "num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 128}))
     yield "qwen3-moe", hf.Qwen3MoeForCausalLM(hf.Qwen3MoeConfig(**{**COMMON,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 96,
         "num_hidden_layers": 3, "num_experts": 8, "num_experts_per_tok": 2,
         "moe_intermediate_size": 32, "norm_topk_prob": True, "mlp_only_layers": [1]}))
+    # Of four layers only the second has experts: the step leaves out 0 and 2, the list 3.
+    yield "qwen3-moe-sparse", hf.Qwen3MoeForCausalLM(hf.Qwen3MoeConfig(**{**COMMON,
+        "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 48,
+        "num_hidden_layers": 4, "num_experts": 6, "num_experts_per_tok": 3,
+        "moe_intermediate_size": 40, "norm_topk_prob": False, "decoder_sparse_step": 2,
+        "mlp_only_layers": [3]}))
     yield "gemma3", hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**{**COMMON,
         "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256,
         "num_hidden_layers": 3, "sliding_window": 8, "query_pre_attn_scalar": 144,
@@ -134,7 +150,8 @@ def main():
             path = pathlib.Path(folder, "model.safetensors")
             with safe_open(path, "np") as file:
                 shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}
-            save_file({key: weights(key, shape) for key, shape in shapes.items()}, path,
+            scale = EMBEDDING_SCALES.get(name, 2.0)
+            save_file({key: weights(key, shape, scale) for key, shape in shapes.items()}, path,
                 metadata={"format": "pt"})
             def load(dtype):
                 return type(model).from_pretrained(
@@ -147,7 +164,8 @@ def main():
             out.mkdir(parents=True, exist_ok=True)
             (out / "config.json").write_bytes(pathlib.Path(folder, "config.json").read_bytes())
         tensors = [[key, list(shape)] for key, shape in sorted(shapes.items())]
-        expected = dict(transformers=hf.__version__, tensors=tensors, prompt=prompt,
+        expected = dict(transformers=hf.__version__, embedding_scale=scale, tensors=tensors,
+            prompt=prompt,
             tokens=tokens, bf16_noise=round(noise, 6), logprobs=base64.b64encode(logprobs.tobytes()).decode())
         (out / "expected.json").write_text(json.dumps(expected, separators=(",", ":")) + "\n")
 

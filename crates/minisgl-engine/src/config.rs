@@ -82,6 +82,7 @@ impl ModelConfig {
         };
         let max_positions = fields.size("max_position_embeddings")?;
         let (rope, local_rope) = json_ropes(&fields, architecture, head_dim, max_positions)?;
+        let max_positions = unscaled_positions(&fields, max_positions);
         let (sliding_window, sliding_layers) = json_sliding(&fields, architecture, num_layers)?;
         let query_scalar = fields.float("query_pre_attn_scalar")?.unwrap_or(256.0);
         let config = Self {
@@ -133,6 +134,12 @@ impl ModelConfig {
             Some(head_dim) => head_dim,
             None => fields.maybe_size("rope.dimension_count").unwrap_or(hidden_size / q_heads),
         };
+        let rotated = fields.maybe_size("rope.dimension_count").unwrap_or(head_dim);
+        ensure!(
+            rotated == head_dim,
+            "{name}.rope.dimension_count is {rotated} and a head has {head_dim} elements: rotating \
+             a part of them is not supported"
+        );
         let (rope, local_rope) = fields.ropes(architecture, head_dim, max_positions)?;
         // The file does not carry it. Gemma 3 27B, the one with 62 layers, divides otherwise.
         let query_scalar = if gemma && num_layers == 62 { hidden_size / q_heads } else { head_dim };
@@ -276,13 +283,26 @@ fn refuse_what_would_be_wrong(fields: &Fields<'_>, architecture: Architecture) -
         // It would also put a bias on the output projection.
         refuse("attention_bias")?;
     }
-    if let Some(share) = fields.float("partial_rotary_factor")? {
+    let rotated = |value: &Value| value.get("partial_rotary_factor").and_then(Value::as_f64);
+    let inner = fields.get("rope_parameters").and_then(rotated);
+    if let Some(share) = fields.float("partial_rotary_factor")?.or(inner) {
         ensure!(share == 1.0, "field \"partial_rotary_factor\" is {share}, which is not supported");
     }
     let method = fields.get("quantization_config").map(|config| &config["quant_method"]);
     match method.and_then(Value::as_str) {
         None | Some("fp8" | "compressed-tensors") => Ok(()),
         Some(other) => bail!("field \"quant_method\": {other:?} is not supported (fp8 is)"),
+    }
+}
+
+/// Ministral 3 scales its queries up by steps, one for each length of its original context, which
+/// no layer here does: only the first step, where the factor is 1, is served.
+fn unscaled_positions(fields: &Fields<'_>, max_positions: usize) -> usize {
+    let rope = fields.get("rope_parameters").or(fields.get("rope_scaling"));
+    let number = |name: &str| rope.and_then(|rope| rope.get(name)).and_then(Value::as_f64);
+    match (number("llama_4_scaling_beta"), number("original_max_position_embeddings")) {
+        (Some(beta), Some(original)) if beta != 0.0 => max_positions.min(original as usize),
+        _ => max_positions,
     }
 }
 
@@ -335,8 +355,10 @@ fn json_sliding(
 ) -> Result<(Option<usize>, Vec<bool>)> {
     let num_layers = num_layers.min(LAYERS_MAX);
     let window = fields.maybe_size("sliding_window")?;
-    // Qwen carries a window in its config and says beside it whether it is used.
-    let used = fields.bool("use_sliding_window")?.unwrap_or(true);
+    // Qwen carries a window in its config and says beside it if it is used.
+    use Architecture::{Qwen2, Qwen3, Qwen3Moe};
+    let is_qwen = matches!(architecture, Qwen2 | Qwen3 | Qwen3Moe);
+    let used = fields.bool("use_sliding_window")?.unwrap_or(!is_qwen);
     let window = window.filter(|_| used);
     if let Some(types) = fields.get("layer_types").and_then(Value::as_array) {
         ensure!(
@@ -358,7 +380,7 @@ fn json_sliding(
                 .or(fields.maybe_size("_sliding_window_pattern")?);
             every_nth_global(num_layers, pattern.unwrap_or(6))
         }
-        Architecture::Qwen2 | Architecture::Qwen3 | Architecture::Qwen3Moe => {
+        Qwen2 | Qwen3 => {
             let first = fields.get("max_window_layers").and_then(Value::as_u64).unwrap_or(28);
             (0..num_layers).map(|layer| layer as u64 >= first).collect()
         }

@@ -1,6 +1,6 @@
 //! Checkpoints of every kind, whole and hostile.
 
-#[expect(dead_code, reason = "only the temporary folder is used here")]
+#[expect(dead_code, reason = "the stored logits are for other tests")]
 mod tiny;
 
 use std::path::{Path, PathBuf};
@@ -144,6 +144,18 @@ fn hostile_gguf_files_are_refused_with_a_reason() {
         (embedding(&[64, 1 << 30], 0, 0), &["token_embd.weight", "past the end"]),
         (embedding(&[64, 10], 0, u64::MAX - 31), &["token_embd.weight", "past the end"]),
         (embedding(&[64, 10], 0, 7), &["token_embd.weight", "not aligned"]),
+        (
+            GgufFile::new(3, 0, 7)
+                .meta_string("general.architecture", "llama")
+                .meta_u32("llama.embedding_length", 64)
+                .meta_u32("llama.block_count", 1)
+                .meta_u32("llama.attention.head_count", 4)
+                .meta_u32("llama.context_length", 128)
+                .meta_u32("llama.rope.dimension_count", 8)
+                .meta_u32("llama.attention.key_length", 16)
+                .bytes,
+            &["llama.rope.dimension_count", "part"],
+        ),
         (embedding(&[], 0, 0), &["token_embd.weight", "0 dimensions"]),
         (embedding(&[1; 9], 0, 0), &["token_embd.weight", "9 dimensions"]),
         (
@@ -287,6 +299,7 @@ fn absurd_configs_name_the_field() {
         (json!({"mlp_bias": true}), "mlp_bias"),
         (json!({"attention_bias": true}), "attention_bias"),
         (json!({"partial_rotary_factor": 0.5}), "partial_rotary_factor"),
+        (json!({"rope_parameters": {"partial_rotary_factor": 0.5}}), "partial_rotary_factor"),
         (json!({"layer_types": ["full_attention"]}), "layer_types"),
         (json!({"layer_types": ["full_attention", "chunked_attention"]}), "chunked_attention"),
         (json!({"quantization_config": {"quant_method": "gptq"}}), "gptq"),
@@ -327,6 +340,13 @@ fn old_and_new_spellings_mean_the_same() {
     let qwen = read(json!({"architectures": ["Qwen2ForCausalLM"], "sliding_window": 4096,
         "use_sliding_window": false}));
     assert!(qwen.qkv_bias && qwen.window(0).is_none());
+    let unsaid = read(json!({"architectures": ["Qwen2ForCausalLM"], "sliding_window": 4096,
+        "max_window_layers": 0}));
+    assert!(unsaid.window(0).is_none());
+    let ministral = read(json!({"architectures": ["Mistral3ForConditionalGeneration"],
+        "rope_parameters": {"rope_type": "yarn", "factor": 16.0, "rope_theta": 1e6,
+            "original_max_position_embeddings": 64, "llama_4_scaling_beta": 0.1}}));
+    assert_eq!(ministral.max_positions, 64);
 }
 
 #[test]
@@ -337,6 +357,15 @@ fn end_of_sequence_ids_come_from_the_generation_config_first() {
     assert_eq!(open_folder(&config, &[generation]).unwrap().eos_ids(), [5, 6]);
     let generation: (&str, &[u8]) = ("generation_config.json", br#"{"eos_token_id": 9}"#);
     assert_eq!(open_folder(&config, &[generation]).unwrap().eos_ids(), [9]);
+}
+
+#[test]
+fn tensors_of_other_parts_are_left_out_and_counted() {
+    let tiny = tiny::Tiny::load("mistral3");
+    let checkpoint = Checkpoint::open(tiny.folder()).unwrap();
+    assert!(checkpoint.left_out() > 5, "{}", checkpoint.left_out());
+    let names: Vec<String> = checkpoint.tensors().map(|tensor| tensor.name).collect();
+    assert!(names.iter().all(|name| name.starts_with("model.") || name == "lm_head.weight"));
 }
 
 #[test]

@@ -149,11 +149,14 @@ fn every_architecture_gives_its_reference_tokens_from_cached_pages() {
         "llama",
         "llama-yarn",
         "llama-linear",
+        "llama-dynamic",
         "mistral",
         "mistral3",
         "qwen2",
+        "qwen2-window",
         "qwen3",
         "qwen3-moe",
+        "qwen3-moe-sparse",
         "gemma3",
     ] {
         let tiny = Tiny::load(name);

@@ -6,8 +6,8 @@
 //! (`reply`), in the endpoint's own form.
 //!
 //! Reading order: `serve` (connections), `router`, `chat`, `reply`, then the other endpoints:
-//! `completions`, `native` (SGLang's `/generate`), `info`, `metrics`, `openapi`. The server knows
-//! no device and no model.
+//! `completions`, `native` (SGLang's `/generate`), `info`, `metrics`, `openapi`. `in_process` is the
+//! same without a network, for files of requests. The server knows no device and no model.
 #![forbid(unsafe_code)]
 
 mod app;
@@ -16,6 +16,7 @@ mod chat;
 mod completions;
 mod error;
 mod head;
+mod in_process;
 mod info;
 mod logprobs;
 mod message;
@@ -30,5 +31,6 @@ mod tools;
 mod validate;
 mod wire;
 
+pub use in_process::InProcess;
 pub use options::ServerOptions;
 pub use serve::{serve, serve_until};

@@ -33,6 +33,12 @@ impl LoadedEngine {
             "{} holds no weights; --dummy-weight runs without them",
             checkpoint.path().display()
         );
+        if checkpoint.left_out() > 0 {
+            tracing::warn!(
+                "{} tensors of parts other than the text model are left out",
+                checkpoint.left_out()
+            );
+        }
         let device = resolve(options.device);
         let ranks = open_ranks(device, options)?;
         let engine_options = engine_options(device, options);

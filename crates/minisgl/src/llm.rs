@@ -176,7 +176,7 @@ impl From<Vec<u32>> for Prompt {
 }
 
 /// How one prompt is continued.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct GenerateParams {
     /// How tokens are chosen, and how many. Its `seed` is overridden by the one below.
     pub sampling: SamplingParams,
@@ -239,37 +239,76 @@ impl Completion {
     /// # Errors
     /// If it was refused, aborted, or ended with the engine.
     pub fn collect(mut generation: Generation, mut on_text: impl FnMut(&str)) -> Result<Self> {
-        let (mut text, mut token_ids) = (String::new(), Vec::new());
+        let mut collected = Collected::default();
         while let Some(event) = generation.blocking_recv() {
-            match event {
-                Event::Prompt { .. } => {}
-                Event::Text { text: more, tokens, .. } => {
-                    on_text(&more);
-                    text.push_str(&more);
-                    token_ids.extend(tokens.iter().map(|token| token.id));
-                }
-                Event::Finished { reason, usage, .. } => {
-                    let finish_reason = match reason {
-                        FinishReason::Stop { .. } => "stop",
-                        FinishReason::Length => "length",
-                        FinishReason::Abort => return Err(anyhow!("aborted")),
-                        FinishReason::Refused(refusal) => return Err(refusal.into()),
-                        FinishReason::ConstraintFailed(message) | FinishReason::Error(message) => {
-                            return Err(anyhow!(message));
-                        }
-                    };
-                    let Usage { prompt_tokens, cached_tokens, completion_tokens } = usage;
-                    return Ok(Self {
-                        text,
-                        token_ids,
-                        finish_reason,
-                        prompt_tokens: prompt_tokens as usize,
-                        cached_tokens: cached_tokens as usize,
-                        completion_tokens: completion_tokens as usize,
-                    });
-                }
+            if let Event::Text { text, .. } = &event {
+                on_text(text);
+            }
+            if let Some(reason) = collected.push(event) {
+                return collected.into_completion(reason);
             }
         }
         Err(anyhow!("the engine ended"))
+    }
+
+    /// As `collect`, for async callers.
+    ///
+    /// # Errors
+    /// As `collect`.
+    pub async fn read(mut generation: Generation) -> Result<Self> {
+        let mut collected = Collected::default();
+        while let Some(event) = generation.recv().await {
+            if let Some(reason) = collected.push(event) {
+                return collected.into_completion(reason);
+            }
+        }
+        Err(anyhow!("the engine ended"))
+    }
+}
+
+/// What has come of one choice so far.
+#[derive(Default)]
+struct Collected {
+    text: String,
+    token_ids: Vec<u32>,
+    usage: Usage,
+}
+
+impl Collected {
+    /// Adds an event; the last one gives the reason why the choice ended.
+    fn push(&mut self, event: Event) -> Option<FinishReason> {
+        match event {
+            Event::Prompt { .. } => None,
+            Event::Text { text, tokens, .. } => {
+                self.text.push_str(&text);
+                self.token_ids.extend(tokens.iter().map(|token| token.id));
+                None
+            }
+            Event::Finished { reason, usage, .. } => {
+                self.usage = usage;
+                Some(reason)
+            }
+        }
+    }
+
+    fn into_completion(self, reason: FinishReason) -> Result<Completion> {
+        let finish_reason = match reason {
+            FinishReason::Stop { .. } => "stop",
+            FinishReason::Length => "length",
+            FinishReason::Abort => return Err(anyhow!("aborted")),
+            FinishReason::Refused(refusal) => return Err(refusal.into()),
+            FinishReason::ConstraintFailed(message) | FinishReason::Error(message) => {
+                return Err(anyhow!(message));
+            }
+        };
+        let Usage { prompt_tokens, cached_tokens, completion_tokens } = self.usage;
+        Ok(Completion {
+            text: self.text,
+            token_ids: self.token_ids,
+            finish_reason,
+            prompt_tokens: prompt_tokens as usize,
+            cached_tokens: cached_tokens as usize,
+            completion_tokens: completion_tokens as usize,
+        })
     }
 }

@@ -95,10 +95,14 @@ fn gguf_vocab(metadata: &GgufMetadata) -> Result<GgufVocab> {
     let id = |name: &str| metadata.unsigned(&key(name)).and_then(|id| u32::try_from(id).ok());
     let model = metadata.string(&key("model")).context("it names no tokenizer.ggml.model")?;
     let is_sentencepiece = model == "llama";
+    let pre = metadata.string(&key("pre"));
+    // As llama.cpp takes it where a file does not say: Llama 3 and Mistral begin with BOS, too.
+    let begins_with_bos = is_sentencepiece
+        || pre.is_some_and(|pre| ["llama-bpe", "llama3", "llama-v3", "tekken"].contains(&pre));
     let types = metadata.ints(&key("token_type")).unwrap_or_default();
     Ok(GgufVocab {
         model: model.to_string(),
-        pre: metadata.string(&key("pre")).map(str::to_string),
+        pre: pre.map(str::to_string),
         tokens: strings("tokens"),
         scores: metadata.floats(&key("scores")).unwrap_or_default().to_vec(),
         token_types: types.iter().map(|&kind| GgufTokenType::from(kind as u32)).collect(),
@@ -106,8 +110,7 @@ fn gguf_vocab(metadata: &GgufMetadata) -> Result<GgufVocab> {
         bos: id("bos_token_id"),
         eos: ["eos_token_id", "eot_token_id", "eom_token_id"].into_iter().filter_map(id).collect(),
         unknown: id("unknown_token_id"),
-        // What llama.cpp takes where a file does not say.
-        add_bos: metadata.bool(&key("add_bos_token")).unwrap_or(is_sentencepiece),
+        add_bos: metadata.bool(&key("add_bos_token")).unwrap_or(begins_with_bos),
         add_space_prefix: metadata.bool(&key("add_space_prefix")).unwrap_or(is_sentencepiece),
     })
 }

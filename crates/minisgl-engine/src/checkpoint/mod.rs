@@ -26,6 +26,7 @@ pub struct Checkpoint {
     gguf: Option<GgufMetadata>,
     files: Vec<MappedFile>,
     tensors: BTreeMap<String, Entry>,
+    left_out: usize,
 }
 
 /// What a checkpoint says of one tensor.
@@ -88,6 +89,7 @@ impl Checkpoint {
             gguf: None,
             files: Vec::new(),
             tensors: BTreeMap::new(),
+            left_out: 0,
         };
         for file in safetensors::files(folder)? {
             checkpoint.add_safetensors(&file).with_context(|| format!("in {}", file.display()))?;
@@ -99,7 +101,7 @@ impl Checkpoint {
         let file = MappedFile::open(path)?;
         for stored in safetensors::parse(file.bytes())? {
             let Some(name) = names::from_hugging_face(&stored.name) else {
-                tracing::debug!(tensor = stored.name, "not part of the text model");
+                self.left_out += 1;
                 continue;
             };
             let entry = Entry {
@@ -128,11 +130,12 @@ impl Checkpoint {
             gguf: Some(metadata),
             files: Vec::new(),
             tensors: BTreeMap::new(),
+            left_out: 0,
             config: config.clone(),
         };
         for stored in tensors {
             let Some(name) = names::from_gguf(&stored.name, config.architecture) else {
-                tracing::debug!(tensor = stored.name, "not part of the text model");
+                checkpoint.left_out += 1;
                 continue;
             };
             let interleaved = architecture.as_deref() == Some("llama")
@@ -222,6 +225,12 @@ impl Checkpoint {
     /// Whether there are no weights at all, so that only dummy weights can be served.
     pub fn is_empty(&self) -> bool {
         self.tensors.is_empty()
+    }
+
+    /// How many tensors belong to other parts of the model (vision, above all), which are not
+    /// served.
+    pub fn left_out(&self) -> usize {
+        self.left_out
     }
 
     pub(crate) fn contains(&self, name: &str) -> bool {
@@ -351,7 +360,14 @@ fn gguf_eos_ids(metadata: &GgufMetadata) -> Vec<u32> {
     let keys = ["tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id"];
     let mut ids: Vec<u32> =
         keys.iter().filter_map(|key| u32::try_from(metadata.unsigned(key)?).ok()).collect();
-    let turn_ends = ["<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end_of_text|>"];
+    let turn_ends = [
+        "<|im_end|>",
+        "<|eot_id|>",
+        "<|eom_id|>",
+        "<end_of_turn>",
+        "<|end_of_text|>",
+        "<|endoftext|>",
+    ];
     let tokens = metadata.strings("tokenizer.ggml.tokens").unwrap_or_default();
     for (id, token) in tokens.iter().enumerate() {
         let id = id as u32;

@@ -40,17 +40,16 @@ pub enum Architecture {
     Gemma3,
 }
 
-/// Every architecture with its name in `config.json` and its name in GGUF files, if it has one of
-/// its own there.
-pub fn architectures() -> &'static [(Architecture, &'static str, Option<&'static str>)] {
+/// Every architecture with its name in `config.json` and its name in GGUF files, which some share.
+pub fn architectures() -> &'static [(Architecture, &'static str, &'static str)] {
     &[
-        (Architecture::Llama, "LlamaForCausalLM", Some("llama")),
-        (Architecture::Mistral, "MistralForCausalLM", None),
-        (Architecture::Mistral3, "Mistral3ForConditionalGeneration", None),
-        (Architecture::Qwen2, "Qwen2ForCausalLM", Some("qwen2")),
-        (Architecture::Qwen3, "Qwen3ForCausalLM", Some("qwen3")),
-        (Architecture::Qwen3Moe, "Qwen3MoeForCausalLM", Some("qwen3moe")),
-        (Architecture::Gemma3, "Gemma3ForCausalLM", Some("gemma3")),
+        (Architecture::Llama, "LlamaForCausalLM", "llama"),
+        (Architecture::Mistral, "MistralForCausalLM", "llama"),
+        (Architecture::Mistral3, "Mistral3ForConditionalGeneration", "llama"),
+        (Architecture::Qwen2, "Qwen2ForCausalLM", "qwen2"),
+        (Architecture::Qwen3, "Qwen3ForCausalLM", "qwen3"),
+        (Architecture::Qwen3Moe, "Qwen3MoeForCausalLM", "qwen3moe"),
+        (Architecture::Gemma3, "Gemma3ForCausalLM", "gemma3"),
     ]
 }
 
@@ -65,11 +64,12 @@ impl Architecture {
         Ok(*architecture)
     }
 
-    /// By the name in a GGUF file.
+    /// By the name in a GGUF file. A Mistral there is a Llama, which it is in all but name.
     pub fn from_gguf_name(name: &str) -> Result<Self> {
-        let found = architectures().iter().find(|(_, _, gguf)| *gguf == Some(name));
+        let found = architectures().iter().find(|(_, _, gguf)| *gguf == name);
         let Some((architecture, ..)) = found else {
-            let names: Vec<&str> = architectures().iter().filter_map(|a| a.2).collect();
+            let mut names: Vec<&str> = architectures().iter().map(|a| a.2).collect();
+            names.dedup();
             bail!("architecture {name:?} is not supported; these are: {}", names.join(", "));
         };
         Ok(*architecture)

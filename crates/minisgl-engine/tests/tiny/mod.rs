@@ -35,7 +35,8 @@ impl Tiny {
         ));
         let folder = temporary_folder();
         std::fs::copy(stored.join("config.json"), folder.join("config.json")).unwrap();
-        write_weights(&folder.join("model.safetensors"), &expected["tensors"]);
+        let embedding_scale = expected["embedding_scale"].as_f64().unwrap_or(2.0) as f32;
+        write_weights(&folder.join("model.safetensors"), &expected["tensors"], embedding_scale);
         Self {
             folder,
             vocab,
@@ -86,12 +87,15 @@ pub fn temporary_folder() -> PathBuf {
     folder
 }
 
-fn write_weights(path: &Path, tensors: &Value) {
+fn write_weights(path: &Path, tensors: &Value, embedding_scale: f32) {
     let tensors: Vec<(String, Vec<usize>)> = serde_json::from_value(tensors.clone()).unwrap();
     let data: Vec<Vec<u8>> = tensors
         .iter()
         .map(|(name, shape)| {
-            weights(name, shape.iter().product()).iter().flat_map(|w| w.to_le_bytes()).collect()
+            weights(name, shape.iter().product(), embedding_scale)
+                .iter()
+                .flat_map(|w| w.to_le_bytes())
+                .collect()
         })
         .collect();
     let views = tensors.iter().zip(&data).map(|((name, shape), data)| {
@@ -102,7 +106,7 @@ fn write_weights(path: &Path, tensors: &Value) {
     safetensors::serialize_to_file(views, None, path).unwrap();
 }
 
-fn weights(name: &str, count: usize) -> Vec<f32> {
+fn weights(name: &str, count: usize, embedding_scale: f32) -> Vec<f32> {
     let hash = name.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
         (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3)
     });
@@ -115,7 +119,7 @@ fn weights(name: &str, count: usize) -> Vec<f32> {
             if name.contains("norm") && name.ends_with("weight") {
                 1.0 + u
             } else if name.contains("embed_tokens") {
-                2.0 * u
+                embedding_scale * u
             } else {
                 0.5 * u
             }

@@ -264,6 +264,36 @@ fn templates_that_refuse() {
     );
 }
 
+/// A model's own template may refuse, loop for ever or build a huge text: the chat is refused, in
+/// time, and the server goes on.
+#[test]
+fn templates_without_end() {
+    let nested = |body: &str| {
+        let mut template = body.to_string();
+        for level in 0..4 {
+            template = format!("{{% for i{level} in range(100000) %}}{template}{{% endfor %}}");
+        }
+        template
+    };
+    for (template, says) in [
+        ("{{ raise_exception('Only users, please') }}".to_string(), "Only users, please"),
+        (nested(""), "runs too long"),
+        (nested("{{ messages|tojson }}"), "runs too long"),
+        ("{{ 'x' * 100000000000 }}".to_string(), "chat template"),
+    ] {
+        let mut setup = Setup::says("ok");
+        setup.text = tiny::with_template(&template);
+        let server = setup.start();
+        let begun = Instant::now();
+        let answer = server.post(CHAT, &chat(r#""seed": 1"#));
+        assert_eq!(answer.status, 400, "{template}: {answer:?}");
+        let message = answer.json()["error"]["message"].to_string();
+        assert!(message.contains(says), "{template}: {message}");
+        assert!(begun.elapsed() < Duration::from_secs(20), "{template}: {:?}", begun.elapsed());
+        assert_eq!(server.post(TEXT, &text(r#""max_tokens": 1"#)).status, 200, "{template}");
+    }
+}
+
 #[test]
 fn templates_that_fail_or_loop() {
     for (template, says) in [

@@ -8,6 +8,8 @@ use clap::Args;
 use minisgl::batch::user_message;
 use minisgl::llm::{Completion, GenerateParams, Llm, Prompt};
 use minisgl::options::RuntimeOptions;
+use minisgl_frontend::SubmitError;
+use minisgl_text::TextError;
 use serde_json::json;
 
 use super::sampling::SamplingArgs;
@@ -27,7 +29,8 @@ pub struct GenerateArgs {
     #[arg(long, value_name = "TEXT", conflicts_with_all = ["raw", "input"])]
     system: Option<String>,
 
-    /// A file of prompts: one a line, JSONL, or the OpenAI Batch format; - reads standard input
+    /// A file of prompts: one a line, JSONL, or the OpenAI Batch format, whose lines are answered as
+    /// the server answers them, whatever sampling flags say; - reads standard input
     #[arg(long, value_name = "FILE", conflicts_with = "prompt", help_heading = "Batch")]
     input: Option<PathBuf>,
 
@@ -48,7 +51,7 @@ impl GenerateArgs {
         let params = self.sampling.params(0.0);
         params.check().map_err(|message| anyhow!(message))?;
         if let Some(input) = &self.input {
-            return batch::run(input, self.output.as_deref(), &params, self.runtime);
+            return batch::run(input, self.output.as_deref(), &params, &self.runtime);
         }
         let prompt = self.prompt.join(" ");
         if prompt.is_empty() {
@@ -68,7 +71,13 @@ impl GenerateArgs {
 fn answer(llm: &Llm, prompt: Prompt, params: &GenerateParams) -> Result<()> {
     let started = Instant::now();
     let (mut written, mut first) = (Ok(()), None);
-    let completion = Completion::collect(llm.submit(prompt, params)?, |text| {
+    let submitted = llm.submit(prompt, params).map_err(|error| match error.downcast_ref() {
+        Some(SubmitError::Text(TextError::NoTemplate)) => {
+            error.context("--raw continues the prompt as it stands")
+        }
+        _ => error,
+    })?;
+    let completion = Completion::collect(submitted, |text| {
         first.get_or_insert_with(|| started.elapsed());
         if written.is_ok() {
             written = out(text);

@@ -7,6 +7,7 @@ use clap::Args;
 use minisgl_engine::{Checkpoint, ModelConfig};
 use serde_json::json;
 
+use minisgl::runtime::text_model;
 use minisgl::source::{ModelLocator, ModelSource};
 
 use super::models::size;
@@ -54,15 +55,21 @@ impl InspectArgs {
 
     fn print_text(&self, checkpoint: &Checkpoint) -> Result<()> {
         let config = checkpoint.config();
-        let mut text = format!("{}\n\n{config:#?}\n\n", checkpoint.path().display());
-        text += &format!("end-of-sequence ids: {:?}\n\n", checkpoint.eos_ids());
-        text += "weights\n";
+        let mut text = format!("{}\n\n", checkpoint.path().display());
+        for (name, value) in settings(config) {
+            text += &format!("  {name:<20} {value}\n");
+        }
+        text += &format!("  {:<20} {:?}\n\nweights\n", "ends of a sequence", checkpoint.eos_ids());
         let mut all = 0;
         for (dtype, (count, bytes)) in by_dtype(checkpoint) {
             text += &format!("  {dtype:<12} {count:>6} tensors {:>12}\n", size(bytes));
             all += bytes;
         }
-        text += &format!("  {:<12} {:>6}         {:>12}\n\n", "in all", "", size(all));
+        text += &format!("  {:<12} {:>6}         {:>12}\n", "in all", "", size(all));
+        if checkpoint.left_out() > 0 {
+            text += &format!("  {} tensors of other parts are left out\n", checkpoint.left_out());
+        }
+        text.push('\n');
         if self.tensors {
             for tensor in checkpoint.tensors() {
                 let dtype = tensor.dtype.to_string();
@@ -121,6 +128,38 @@ impl InspectArgs {
     }
 }
 
+/// The configuration, for people: what a model does not have is not listed.
+fn settings(config: &ModelConfig) -> Vec<(&'static str, String)> {
+    let of = minisgl_engine::architectures().iter().find(|(of, ..)| *of == config.architecture);
+    let mut all = vec![
+        ("architecture", of.map_or("", |(_, name, _)| name).to_string()),
+        ("layers", config.num_layers.to_string()),
+        ("hidden size", config.hidden_size.to_string()),
+        (
+            "heads",
+            format!("{} of {}, {} for K and V", config.q_heads, config.head_dim, config.kv_heads),
+        ),
+        ("intermediate size", config.intermediate_size.to_string()),
+        ("vocabulary", config.vocab_size.to_string()),
+        ("context", format!("{} tokens", config.max_positions)),
+        ("rotation", format!("base {}, scaling {:?}", config.rope.base, config.rope.scaling)),
+        ("head", if config.tie_embeddings { "the embedding" } else { "its own" }.to_string()),
+    ];
+    if let Some(moe) = &config.moe {
+        let sparse = moe.sparse_layers.iter().filter(|sparse| **sparse).count();
+        let (experts, used) = (moe.num_experts, moe.num_experts_per_tok);
+        let inner = moe.moe_intermediate_size;
+        let experts = format!("{used} of {experts}, of {inner} each, in {sparse} layers");
+        all.push(("experts", experts));
+    }
+    if let Some(window) = config.sliding_window {
+        let sliding =
+            (0..config.num_layers).filter(|&layer| config.window(layer).is_some()).count();
+        all.push(("window", format!("{window} tokens, in {sliding} layers")));
+    }
+    all
+}
+
 fn kv_bytes_a_token(config: &ModelConfig) -> u64 {
     2 * KV_ELEMENT_BYTES * (config.num_layers * config.kv_heads * config.head_dim) as u64
 }
@@ -136,14 +175,8 @@ fn by_dtype(checkpoint: &Checkpoint) -> BTreeMap<String, (usize, u64)> {
     all
 }
 
+/// A model without a tokenizer, or with one that is broken, may be looked at all the same.
 fn chat_template(checkpoint: &Checkpoint) -> Option<String> {
-    if let Some(metadata) = checkpoint.gguf() {
-        return metadata.string("tokenizer.chat_template").map(str::to_string);
-    }
-    if let Some(path) = checkpoint.sibling("chat_template.jinja") {
-        return std::fs::read_to_string(path).ok();
-    }
-    let config = std::fs::read(checkpoint.sibling("tokenizer_config.json")?).ok()?;
-    let config: serde_json::Value = serde_json::from_slice(&config).ok()?;
-    config["chat_template"].as_str().map(str::to_string)
+    let text = text_model(checkpoint).ok()?;
+    text.template.map(|template| template.source().to_string())
 }

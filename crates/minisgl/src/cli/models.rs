@@ -40,7 +40,7 @@ impl ModelsArgs {
         }
         let mut text = String::from("Architectures (config.json; GGUF)\n");
         for (_, name, gguf) in minisgl_engine::architectures() {
-            text += &format!("  {name:<34} {}\n", gguf.unwrap_or("-"));
+            text += &format!("  {name:<34} {gguf}\n");
         }
         text += "\nIn the cache\n";
         if let Some(bytes) = default_bytes {

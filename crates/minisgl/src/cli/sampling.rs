@@ -15,7 +15,7 @@ pub struct SamplingArgs {
     #[arg(long, default_value_t = MAX_TOKENS, value_name = "TOKENS")]
     max_tokens: u32,
 
-    /// 0 always takes the most likely token
+    /// 0 always takes the most likely token [default: 0; in the shell 0.6]
     #[arg(long)]
     temperature: Option<f32>,
 
