@@ -245,4 +245,40 @@ mod tests {
         assert_eq!(out[128 + 96 + 5], 0.25 * 15.0 * (10.0 + 48.0 - 32.0));
         assert_eq!(out[20], 0.25 * 2.0 * -32.0);
     }
+
+    /// Random blocks, against what llama.cpp's Python package makes of them
+    /// (`scripts/make_block_reference.py`).
+    #[test]
+    fn blocks_are_what_the_reference_decodes() {
+        let bytes = |hex: &str| -> Vec<u8> {
+            let digits = hex.as_bytes().chunks(2).map(|two| std::str::from_utf8(two).unwrap());
+            digits.map(|two| u8::from_str_radix(two, 16).unwrap()).collect()
+        };
+        let types = [
+            ("Q4_0", DType::Q4_0),
+            ("Q4_1", DType::Q4_1),
+            ("Q5_0", DType::Q5_0),
+            ("Q5_1", DType::Q5_1),
+            ("Q8_0", DType::Q8_0),
+            ("Q4_K", DType::Q4K),
+            ("Q5_K", DType::Q5K),
+            ("Q6_K", DType::Q6K),
+        ];
+        let lines: Vec<&str> = include_str!("../tests/data/blocks.txt").lines().collect();
+        assert_eq!(lines.len(), types.len());
+        for (line, (name, dtype)) in lines.into_iter().zip(types) {
+            let [stored, row, values] = line.split(' ').collect::<Vec<_>>()[..] else { panic!() };
+            assert_eq!(stored, name);
+            let values = bytes(values);
+            let values = values.as_chunks::<4>().0.iter().map(|value| f32::from_le_bytes(*value));
+            let values: Vec<f32> = values.collect();
+            let mut out = vec![f32::NAN; values.len()];
+            decode_row(dtype, &bytes(row), &mut out);
+            for (at, (ours, theirs)) in out.iter().zip(&values).enumerate() {
+                // Both round to f32, though not after the same operations.
+                let off = (ours - theirs).abs();
+                assert!(off <= 1e-6 * theirs.abs().max(0.1), "{name} {at}: {ours}, {theirs}");
+            }
+        }
+    }
 }

@@ -225,6 +225,10 @@ fn a_hub_model_lands_in_the_shared_cache() {
     let output = minisgl(&cache.0, "http://127.0.0.1:9", &["inspect", "org/tiny"], &[]);
     assert!(stderr(&output).contains("NoSuchForCausalLM"), "{}", stderr(&output));
 
+    minisgl(&cache.0, &hub.url, &["inspect", "org/tiny", "--revision", "v2"], &[]);
+    assert_eq!(hub.seen("GET /api/models/org/tiny/revision/v2").len(), 1);
+    assert_eq!(fs::read_to_string(folder.join("refs/v2")).unwrap(), COMMIT);
+
     let output = minisgl(&cache.0, &hub.url, &["models", "--json"], &[]);
     let listed: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(listed["cached"][0]["id"], "org/tiny");
@@ -240,6 +244,11 @@ fn modelscope_serves_the_same_files() {
     assert!(stderr(&output).contains("NoSuchForCausalLM"), "{}", stderr(&output));
     let stored = fs::read(cache.0.join("models/org/tiny/model.safetensors")).unwrap();
     assert_eq!(stored, hub.files["model.safetensors"]);
+    let fetched = hub.seen("/resolve/").len();
+    minisgl(&cache.0, &hub.url, &args, &[]);
+    assert_eq!(hub.seen("/resolve/").len(), fetched, "it is there already");
+    let output = minisgl(&cache.0, "http://127.0.0.1:9", &args, &[]);
+    assert!(stderr(&output).contains("NoSuchForCausalLM"), "{}", stderr(&output));
 }
 
 #[test]

@@ -109,10 +109,8 @@ pub fn write_gguf(
     string(&mut head, architecture);
     string(&mut head, &format!("{architecture}.rope.scaling.type"));
     head.extend(8_u32.to_le_bytes());
-    let scaling = match rope["rope_type"].as_str() {
-        Some(named @ ("linear" | "yarn")) => named,
-        _ => "none",
-    };
+    let scaling = rope["rope_type"].as_str().filter(|kind| ["linear", "yarn"].contains(kind));
+    let scaling = scaling.unwrap_or("none");
     string(&mut head, scaling);
     for (name, value) in sizes {
         string(&mut head, &format!("{architecture}.{name}"));

@@ -237,12 +237,8 @@ fn cached(folder: &Path, id: &HubId, revision: &str, weights: bool) -> Result<Pa
         Err(_) => revision.to_string(),
     };
     let snapshot = folder.join("snapshots").join(&commit);
-    let entries = fs::read_dir(&snapshot)
+    let mut names = file_names(&snapshot)
         .with_context(|| format!("no snapshot of {revision} at {}", snapshot.display()))?;
-    let mut names: Vec<String> = entries
-        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
-        .filter(|name| snapshot.join(name).exists())
-        .collect();
     if let Some(file) = id.file.as_ref().filter(|file| snapshot.join(file).exists()) {
         names.push(file.clone());
     }
@@ -254,8 +250,16 @@ fn cached(folder: &Path, id: &HubId, revision: &str, weights: bool) -> Result<Pa
     Ok(result_path(&snapshot, &names))
 }
 
+/// What is in a folder, without links that lead nowhere.
+pub(super) fn file_names(folder: &Path) -> std::io::Result<Vec<String>> {
+    let names = fs::read_dir(folder)?
+        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+        .filter(|name| folder.join(name).exists());
+    Ok(names.collect())
+}
+
 /// An interrupted download leaves an index without all its shards.
-fn check_shards(snapshot: &Path) -> Result<()> {
+pub(super) fn check_shards(snapshot: &Path) -> Result<()> {
     #[derive(Deserialize)]
     struct Index {
         weight_map: std::collections::BTreeMap<String, String>,
@@ -271,7 +275,7 @@ fn check_shards(snapshot: &Path) -> Result<()> {
 }
 
 /// A GGUF file is a model by itself; anything else is a folder.
-fn result_path(snapshot: &Path, names: &[String]) -> PathBuf {
+pub(super) fn result_path(snapshot: &Path, names: &[String]) -> PathBuf {
     match names {
         [only] if only.ends_with(".gguf") => snapshot.join(only),
         _ => snapshot.to_path_buf(),
