@@ -337,7 +337,7 @@ class Bench:
         """Stops rank 1's thread in a server that answers, as if it hung: the others find out."""
         if not self.args.tokenizer:
             raise Failed("the server needs --tokenizer")
-        limit = 5
+        limit = 10
         flags = ["--tp", self.args.tp, "--rank-timeout", limit]
         server = Server(self, self.args.models[0], *flags)
         clients = [Client(server) for _ in range(8)]

@@ -14,7 +14,7 @@ cargo test --release --no-run --workspace \
     --test ops --test collective --test cards 2>&1 | tee "$out/build.log"
 sed -n 's|.*Executable tests/\(.*\)\.rs (\(.*\))|\1 \2|p' "$out/build.log" |
     while read -r name path; do cp "$path" "$out/$name"; done
-cargo build --release -p minisgl-cuda --example decode_step --example exchange
+cargo build --release --workspace --example decode_step --example exchange
 cp "$target/release/examples/decode_step" "$target/release/examples/exchange" "$out/"
 rm "$out/build.log"
 strip "$out"/*

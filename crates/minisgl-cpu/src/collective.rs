@@ -59,7 +59,7 @@ impl SharedMemory {
             if guard.broken || left.is_zero() {
                 guard.broken = true;
                 changed.notify_all();
-                let message = format!("rank {}: another rank is gone or late", self.rank);
+                let message = "another rank is gone or late";
                 return Err(BackendError::Device(message.into()));
             }
             guard = changed.wait_timeout(guard, left).unwrap_or_else(PoisonError::into_inner).0;

@@ -43,9 +43,10 @@ pub struct LoadedRank {
 
 /// A rank that is ready to run.
 pub struct Rank {
-    loaded: LoadedRank,
-    kv: KvPool,
+    /// Dropped first: a collective may wait for the end of the graphs that it is recorded in.
     graphs: Graphs,
+    kv: KvPool,
+    loaded: LoadedRank,
 }
 
 impl LoadedRank {
@@ -97,7 +98,7 @@ impl LoadedRank {
         let heads = Attention::heads(&self.config, &self.shares);
         let backend = self.devices.backend.as_ref();
         let kv = KvPool::new(backend, self.config.num_layers, heads, pages, self.page_size)?;
-        let mut rank = Rank { loaded: self, kv, graphs: Graphs::default() };
+        let mut rank = Rank { graphs: Graphs::default(), kv, loaded: self };
         for size in bucket_sizes(rank.loaded.graph_batch_max).into_iter().rev() {
             if !rank.capture(size).context("capturing a decode graph")? {
                 break;
