@@ -1,5 +1,5 @@
 //! Times a whole decode step and a prefill step, operation by operation as the engine calls them,
-//! of Qwen3-0.6B's and Qwen3-14B's shapes on random weights: `decode_step [0.6b] [14b]`.
+//! of Qwen3-0.6B's and Qwen3-14B's shapes on random weights: `decode_step [0.6b] [14b] [ROWS ..]`; with rows, no prefill.
 #![expect(clippy::print_stdout, reason = "this program's output is its table")]
 
 use std::sync::Arc;
@@ -82,16 +82,26 @@ fn main() -> Result<()> {
     let started = Instant::now();
     let b = CudaBackend::new(CudaOptions { device: 0, precision: Precision::Native })?;
     println!("{}: backend ready in {:.2} s", b.name(), started.elapsed().as_secs_f64());
-    let wanted: Vec<String> = std::env::args().skip(1).collect();
-    for shape in SHAPES.iter().filter(|s| wanted.is_empty() || wanted.iter().any(|w| w == s.name)) {
-        bench(&b, shape)?;
+    let (mut rows, mut names) = (vec![], vec![]);
+    for arg in std::env::args().skip(1) {
+        match arg.parse::<usize>() {
+            Ok(count) => rows.push(count),
+            Err(_) => names.push(arg),
+        }
+    }
+    let with_prefill = rows.is_empty();
+    if with_prefill {
+        rows = vec![1, 8, 16, 32, 64, 128, 256];
+    }
+    for shape in SHAPES.iter().filter(|s| names.is_empty() || names.iter().any(|n| n == s.name)) {
+        bench(&b, shape, &rows, with_prefill)?;
     }
     Ok(())
 }
 
-fn bench(b: &CudaBackend, shape: &Shape) -> Result<()> {
+fn bench(b: &CudaBackend, shape: &Shape, all_rows: &[usize], with_prefill: bool) -> Result<()> {
     let started = Instant::now();
-    let slots = 256;
+    let slots = all_rows.iter().copied().max().unwrap_or(1).max(64);
     let per_row = 4096 / PAGE;
     let pages = slots * 640 / PAGE + 1;
     let model = Model::new(b, shape, pages, slots)?;
@@ -100,7 +110,7 @@ fn bench(b: &CudaBackend, shape: &Shape) -> Result<()> {
     println!(
         "decode, context 576, ms a step: whole | linear | attention | rest | first run, capture (s)"
     );
-    for rows in [1, 8, 16, 32, 64, 128, 256] {
+    for &rows in all_rows {
         let rows_spec: Vec<(usize, usize)> = vec![(575, 1); rows];
         let step = Step::new(b, shape, &rows_spec, per_row)?;
         let first = Instant::now();
@@ -129,6 +139,9 @@ fn bench(b: &CudaBackend, shape: &Shape) -> Result<()> {
             "{rows:4} | {:.3} | {:.3} | {:.3} | {:.3} | {first:.2} {captured:.2}",
             times[0].1, times[1].1, times[2].1, times[3].1
         );
+    }
+    if !with_prefill {
+        return Ok(());
     }
     println!("prefill of 8 x 2048 tokens, tokens/s | ms: whole, linear, attention, rest");
     let step = Step::new(b, shape, &[(0, 2048); 8], per_row)?;

@@ -2,23 +2,32 @@
 // their page, and softmax(scale · q·kᵀ) · v over the row's pages, in one kernel.
 //
 // A unit is a row's KV head with its whole group of query heads, a tile 16 tokens of a unit. All units'
-// tiles, behind one another, are divided evenly between the blocks, whatever the rows' lengths. In a
-// block, a warp fetches tiles by the bulk copy engine, `stages` ahead, before the kernels in front are
-// done: earlier tokens' K and V are older than this step, and the new token's are put into the tile in
-// shared memory. The other warps take the tiles in turn. Where a unit ends in a block, the warps' sums are
-// merged; where it is spread over several blocks, the last one to arrive merges theirs.
+// tiles, behind one another, are divided evenly between the blocks, whatever the rows' lengths. A block's
+// warps have three trades, and none waits for another but through barriers in shared memory:
+//   - one fetches tiles by the bulk copy engine, `stages` ahead, before the kernels in front are done:
+//     earlier tokens' K and V are older than this step, and the new token's are put into the tile in
+//     shared memory;
+//   - WARPS take the tiles in turn, and leave a unit's sums behind when they have done theirs of it;
+//   - one merges these sums, and where a unit is spread over blocks and this one is the last to arrive,
+//     the blocks'. Units that are spread over blocks come first, so that no block ends with them.
+//     A block's last unit is merged by those that summed it, all at once.
 // In shared memory: tiles [stage][K, V][part][16] of 128 bytes in the 128-byte swizzle, where a part is
-// 64 dimensions; and in turn for units: q [2][16][DIM + 8], the warps' sums [2][warp][group][DIM].
+// 64 dimensions; of units in turn, q [2][8 · HALVES][Q_STRIDE]; the warps' sums [warp][group][SUMS_STRIDE].
 
 #define TILE 16
 // With 8 warps in all, a thread can have the registers that heads of 256 take, and on 10.0 all heads.
-#define WARPS (DIM <= 128 && __CUDA_ARCH__ < 1000 ? 8 : 7)
+#define WARPS (DIM <= 128 && __CUDA_ARCH__ < 1000 ? 8 : 6)
 #define PARTS (DIM / 64)
 #define MATRIX_BYTES (TILE * DIM * 2)
 #define STAGE_BYTES (2 * MATRIX_BYTES)
 #define PAIRS_A_LANE (DIM / 128 + (DIM < 128))
 #define ROWS_MAX 512
+#define STAGES_MAX 48
+// Padded, so that the heads' rows begin in different banks.
 #define Q_STRIDE (DIM + 8)
+#define SUMS_STRIDE (DIM + 8)
+// A head's sums in `partial`: with its best score and its sum of weights behind them.
+#define PARTIAL_STRIDE (DIM + 4)
 
 struct Args {
     bf16 *qkv; bf16 *k_pages; bf16 *v_pages; bf16 *out;
@@ -32,11 +41,13 @@ struct Args {
 // What a block takes of a unit: tiles `first..last` of the row's `tiles`, counted from its first seen one.
 struct Segment { int row, kv_head, kv_len, first, last, tiles, seen_from; };
 
-// All rows: the tiles before each one for one KV head, its length, its slot. And this block's tiles.
+// All rows: the tiles before each one for one KV head, its length, its slot. And this block's tiles, in
+// the order in which it takes them: those of a unit that goes on in the next block first.
 struct Work {
     const int *before, *lens, *slots;
-    int rows, kv_heads, from, to, share, window;
+    int rows, kv_heads, from, to, share, window, ahead;
 
+    __device__ __forceinline__ int tiles() const { return to - from; }
     // The last row that begins at or before `position`.
     __device__ __forceinline__ int row_at(int position) const {
         int low = 0, high = rows - 1;
@@ -47,7 +58,10 @@ struct Work {
         }
         return low;
     }
-    __device__ __forceinline__ Segment at(int position) const {
+    // From the block's tile `index` on.
+    __device__ __forceinline__ Segment at(int index) const {
+        int position = from + index + ahead;
+        if (position >= to) position -= tiles();
         Segment s;
         s.row = row_at(position);
         s.tiles = before[s.row + 1] - before[s.row], s.kv_len = lens[s.row];
@@ -93,7 +107,11 @@ __device__ __forceinline__ Work divide(const Args &a, int *before, int *lens, in
     // So few blocks that each warp of theirs has a tile.
     int all = total * a.kv_heads, share = max(WARPS, (all + int(gridDim.x) - 1) / int(gridDim.x));
     int from = min(all, int(blockIdx.x) * share), to = min(all, from + share);
-    return {before, lens, slots, a.rows, a.kv_heads, from, to, share, a.window};
+    Work work = {before, lens, slots, a.rows, a.kv_heads, from, to, share, a.window, 0};
+    if (from == to) return work;
+    Segment end = work.at(to - from - 1);
+    if (end.last < end.tiles) work.ahead = max(0, to - end.last - from);
+    return work;
 }
 
 struct Ring {
@@ -105,22 +123,22 @@ struct Ring {
     }
 };
 
-// Where the tile at `position` begins in the cache, in rows.
-__device__ __forceinline__ int find(const Args &a, const Work &work, int position) {
-    if (position >= work.to) return 0;
-    Segment s = work.at(position);
+// Where the block's tile `index` begins in the cache, in rows.
+__device__ __forceinline__ int find(const Args &a, const Work &work, int index) {
+    if (index >= work.tiles()) return 0;
+    Segment s = work.at(index);
     int token = (s.seen_from + s.first) * TILE, inside = token & (1 << a.page_shift) - 1;
     int page = a.page_table[(long long)work.slots[s.row] * a.pages_a_row + (token >> a.page_shift)];
     return (page * a.kv_heads + s.kv_head << a.page_shift) + inside;
 }
 
-// The last warp: every tile of the block's share. Lanes look up 32 tiles while 32 are fetched.
+// Every tile of the block's share. Lanes look up 32 tiles while 32 are fetched.
 __device__ __forceinline__ void fetch_all(const Args &a, const Work &work, const TensorMap &k_map, const TensorMap &v_map, Ring ring) {
-    int lane = threadIdx.x & 31, next = find(a, work, work.from + lane);
-    for (int first = work.from; first < work.to; first += 32) {
+    int lane = threadIdx.x & 31, next = find(a, work, lane);
+    for (int first = 0; first < work.tiles(); first += 32) {
         int now = next;
         next = find(a, work, first + 32 + lane);
-        for (int i = 0; i < min(32, work.to - first); i++, ring.skip(1)) {
+        for (int i = 0; i < min(32, work.tiles() - first); i++, ring.skip(1)) {
             int y = __shfl_sync(~0u, now, i);
             if (lane > 0) continue;
             u32 barrier = ring.full + 8 * ring.stage, to = ring.memory + ring.stage * STAGE_BYTES;
@@ -220,6 +238,26 @@ __device__ __forceinline__ void add_token(const Args &a, const Segment &s, u32 t
     __syncwarp();
 }
 
+// A unit's q as the first factor of products. Rows behind the group are zeros, the second half's where
+// there is none, too.
+struct Queries {
+    u32 low[DIM / 16][2], high[DIM / 16][2];
+
+    __device__ __forceinline__ void load(const bf16 *from) {
+        int lane = threadIdx.x & 31;
+        u32 r[4];
+#pragma unroll
+        for (int h = 0; h < HALVES; h++) {
+            u32 address = shared_address(from + ((lane & 7) + 8 * h) * Q_STRIDE + (lane >> 3) * 8);
+#pragma unroll
+            for (int i = 0; i < DIM / 16; i += 2) {
+                load_matrices(r, address + i * 32);
+                low[i][h] = r[0], high[i][h] = r[1], low[i + 1][h] = r[2], high[i + 1][h] = r[3];
+            }
+        }
+    }
+};
+
 // A warp's sums over its tiles of a unit. Lane (g, t) holds o[j][2h + e]: head g + 8h, dimension 8j + 2t + e.
 struct Sums {
     float o[DIM / 8][4], top[2], sum[2];
@@ -230,15 +268,16 @@ struct Sums {
         top[0] = top[1] = -infinity(), sum[0] = sum[1] = 0.f;
     }
 
-    __device__ void add(const Args &a, const Segment &s, int base, u32 tile, const u32 (&q)[DIM / 16][4]) {
+    __device__ void add(const Args &a, const Segment &s, int base, u32 tile, const Queries &q) {
         int lane = threadIdx.x & 31, t = lane & 3;
         float x[2][4] = {};
         u32 b[4];
 #pragma unroll
         for (int i = 0; i < DIM / 16; i++) {
             load_matrices(b, tile + in_tile((lane & 7) + (lane >> 4) * 8, 2 * i + (lane >> 3 & 1)));
-            mma(x[0], q[i][0], q[i][1], q[i][2], q[i][3], b[0], b[1]);
-            mma(x[1], q[i][0], q[i][1], q[i][2], q[i][3], b[2], b[3]);
+            u32 low = HALVES > 1 ? q.low[i][1] : 0, high = HALVES > 1 ? q.high[i][1] : 0;
+            mma(x[0], q.low[i][0], low, q.high[i][0], high, b[0], b[1]);
+            mma(x[1], q.low[i][0], low, q.high[i][0], high, b[2], b[3]);
         }
         float scale = (a.soft_cap > 0.f ? 1.f : a.scale) * 1.4426950408889634f;
         bool whole = base + TILE <= s.kv_len && (a.window <= 0 || base >= s.kv_len - a.window);
@@ -277,13 +316,6 @@ struct Sums {
     }
 };
 
-// Of units in turn, two of each: the next one's q is made while this one's tiles are summed.
-struct Shared {
-    bf16 *q; float *sums;
-    float (*tops)[WARPS][16][2];  // [turn][warp][head]: best score, in powers of 2, and sum
-    int *arrived;
-};
-
 // The unit's q, normed and rotated, a warp a head.
 __device__ __forceinline__ void prepare_q(const Args &a, const Segment &s, bf16 *q) {
     int warp = threadIdx.x / 32, group = a.q_heads / a.kv_heads;
@@ -301,143 +333,228 @@ __device__ __forceinline__ void prepare_q(const Args &a, const Segment &s, bf16 
     }
 }
 
-// As the factors of products. Rows behind the group are zeros.
-__device__ __forceinline__ void load_q(const bf16 *from, u32 (&q)[DIM / 16][4]) {
-    int lane = threadIdx.x & 31;
-    u32 address = shared_address(from + (lane & 15) * Q_STRIDE + (lane >> 4) * 8);
+// What the warps of a block share beside the tiles.
+struct Shared {
+    bf16 *q; float *sums;
+    float2 (*tops)[16];  // [warp][head]: best score, in powers of 2, and sum
+    int *arrived;
+    u32 q_full, sums_full, sums_free;
+};
+
+// A head's sums while they are merged: a lane has `VALUES` neighbouring ones of every `32 * VALUES`.
+#define VALUES (DIM < 128 ? 2 : 4)
+#define PIECES (DIM / (32 * VALUES))
+struct Merged {
+    struct __align__(4 * VALUES) Piece { float x[VALUES]; };
+    Piece pieces[PIECES];
+    float best, total;
+
+    static __device__ __forceinline__ int index(int piece) { return ((threadIdx.x & 31) + 32 * piece) * VALUES; }
+
+    // `COUNT` lots at once: their values, and (best score, sum of weights).
+    template <int COUNT, typename From> __device__ __forceinline__ void add(From from) {
+        Piece more[COUNT][PIECES];
+        float2 top[COUNT];
 #pragma unroll
-    for (int i = 0; i < DIM / 16; i++) load_matrices(q[i], address + i * 32);
+        for (int i = 0; i < COUNT; i++) from(i, more[i], top[i]);
+        float old = best;
+#pragma unroll
+        for (int i = 0; i < COUNT; i++) best = fmaxf(best, top[i].x);
+        float shrink = power_of_2(old - best);
+        total *= shrink;
+#pragma unroll
+        for (int p = 0; p < PIECES; p++)
+#pragma unroll
+            for (int v = 0; v < VALUES; v++) pieces[p].x[v] *= shrink;
+#pragma unroll
+        for (int i = 0; i < COUNT; i++) {
+            float factor = power_of_2(top[i].x - best);
+            total += factor * top[i].y;
+#pragma unroll
+            for (int p = 0; p < PIECES; p++)
+#pragma unroll
+                for (int v = 0; v < VALUES; v++) pieces[p].x[v] += factor * more[i][p].x[v];
+        }
+    }
+    __device__ __forceinline__ void clear() {
+        best = -infinity(), total = 0.f;
+#pragma unroll
+        for (int p = 0; p < PIECES; p++)
+#pragma unroll
+            for (int v = 0; v < VALUES; v++) pieces[p].x[v] = 0.f;
+    }
+    __device__ __forceinline__ void write(bf16 *out) const {
+        float share = 1.f / total;
+#pragma unroll
+        for (int p = 0; p < PIECES; p++)
+#pragma unroll
+            for (int v = 0; v < VALUES; v += 2)
+                *(u32 *)(out + index(p) + v) = pack(pieces[p].x[v] * share, pieces[p].x[v + 1] * share);
+    }
+};
+// What another block wrote.
+__device__ __forceinline__ void load_from_blocks(float (&x)[2], const float *from) {
+    float2 v = __ldcg((const float2 *)from);
+    x[0] = v.x, x[1] = v.y;
+}
+__device__ __forceinline__ void load_from_blocks(float (&x)[4], const float *from) {
+    float4 v = __ldcg((const float4 *)from);
+    x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
 }
 
-// The warps' sums become the unit's: in `out`, or, of a part of a unit, in the block's place in `partial`.
-__device__ __forceinline__ void merge(const Args &a, const Work &work, const Segment &s, const Shared &shared, int turn, Sums &mine) {
-    int warp = threadIdx.x / 32, lane = threadIdx.x & 31, g = lane / 4, t = lane & 3, group = a.q_heads / a.kv_heads;
-    float scale = (a.soft_cap > 0.f ? 1.f : a.scale) * 1.4426950408889634f;
-    float *sums = shared.sums + turn * WARPS * group * DIM, (*tops)[16][2] = shared.tops[turn];
-#pragma unroll
-    for (int h = 0; h < HALVES; h++) {
-        float sum = mine.sum[h];
-        sum += __shfl_xor_sync(~0u, sum, 1);
-        sum += __shfl_xor_sync(~0u, sum, 2);
-        int head = g + 8 * h;
-        if (head >= group) continue;
-        if (t == 0) tops[warp][head][0] = mine.top[h] * scale, tops[warp][head][1] = sum;
-        float *to = sums + (warp * group + head) * DIM + 2 * t;
-#pragma unroll
-        for (int j = 0; j < DIM / 8; j++) *(float2 *)(to + 8 * j) = make_float2(mine.o[j][2 * h], mine.o[j][2 * h + 1]);
-    }
-    named_barrier(1, WARPS * 32);
+// A unit's sums become its output, or, of a part of a unit, go to `partial`. Warp `rank` of `TEAM` warps.
+template <int TEAM> __device__ __forceinline__ void merge(const Args &a, const Work &work, const Segment &s, const Shared &shared, int rank) {
+    int lane = threadIdx.x & 31, group = a.q_heads / a.kv_heads;
     bool whole = s.last - s.first == s.tiles;
-    const int stride = 16 * (DIM + 2);
-    float *partial = a.partial + (2 * blockIdx.x + (s.first > 0 ? 0 : 1)) * stride;
+    // Two places a block: of the unit that began before it, and of the one that goes on behind it.
+    float *partial = a.partial + (2 * blockIdx.x + (s.first > 0 ? 0 : 1)) * 16 * PARTIAL_STRIDE;
     bf16 *out = a.out + ((long long)s.row * a.q_heads + s.kv_head * group) * DIM;
-    for (int i = threadIdx.x; i < group * DIM; i += WARPS * 32) {
-        int head = i / DIM;
-        float best = -infinity(), total = 0.f, value = 0.f;
+    Merged m;
+    for (int head = rank; head < group; head += TEAM) {
+        m.clear();
+        m.add<WARPS>([&](int warp, Merged::Piece (&pieces)[PIECES], float2 &top) {
+            const float *from = shared.sums + (warp * group + head) * SUMS_STRIDE;
+            top = shared.tops[warp][head];
 #pragma unroll
-        for (int w = 0; w < WARPS; w++) best = fmaxf(best, tops[w][head][0]);
+            for (int p = 0; p < PIECES; p++) pieces[p] = *(const Merged::Piece *)(from + Merged::index(p));
+        });
+        if (whole) { m.write(out + head * DIM); continue; }
+        float *to = partial + head * PARTIAL_STRIDE;
 #pragma unroll
-        for (int w = 0; w < WARPS; w++) {
-            float factor = power_of_2(tops[w][head][0] - best);
-            total += factor * tops[w][head][1], value += factor * sums[w * group * DIM + i];
-        }
-        if (whole) out[i] = from_float<bf16>(value / total);
-        else {
-            partial[head * (DIM + 2) + i % DIM] = value;
-            if (i % DIM == 0) partial[head * (DIM + 2) + DIM] = best, partial[head * (DIM + 2) + DIM + 1] = total;
-        }
+        for (int p = 0; p < PIECES; p++) *(Merged::Piece *)(to + Merged::index(p)) = m.pieces[p];
+        if (lane == 0) *(float2 *)(to + DIM) = make_float2(m.best, m.total);
+    }
+    if (TEAM == 1) {
+        __syncwarp();
+        if (lane == 0) barrier_arrive(shared.sums_free);
     }
     if (whole) return;
     int unit = s.row * a.kv_heads + s.kv_head, begin = work.before[s.row] * a.kv_heads + s.kv_head * s.tiles;
-    int first_block = begin / work.share, blocks = (begin + s.tiles - 1) / work.share - first_block + 1;
+    int first_block = begin / work.share, blocks = (begin + s.tiles - 1) / work.share - first_block + 1, arrived = 0;
     __threadfence();
-    named_barrier(1, WARPS * 32);
-    if (threadIdx.x == 0) *shared.arrived = atomicAdd(a.arrived + unit, 1);
-    named_barrier(1, WARPS * 32);
-    if (*shared.arrived != blocks - 1) return;
-    __threadfence();
-    // Only the first block's part begins where the unit does.
-    auto part = [&](int b) { return a.partial + (2 * (first_block + b) + (b == 0 ? 1 : 0)) * stride; };
-    for (int i = threadIdx.x; i < group * DIM; i += WARPS * 32) {
-        int head = i / DIM, at = head * (DIM + 2);
-        float best = -infinity(), total = 0.f, value = 0.f;
-        for (int first = 0; first < blocks; first += 4) {
-            // What is read twice is left out by its factor of 0.
-            float top[4], sum[4], weighted[4], old = best;
-#pragma unroll
-            for (int b = 0; b < 4; b++) {
-                const float *from = part(min(first + b, blocks - 1)) + at;
-                top[b] = __ldcg(from + DIM), sum[b] = __ldcg(from + DIM + 1), weighted[b] = __ldcg(from + i % DIM);
-            }
-#pragma unroll
-            for (int b = 0; b < 4; b++) best = fmaxf(best, top[b]);
-            float shrink = power_of_2(old - best);
-            total *= shrink, value *= shrink;
-#pragma unroll
-            for (int b = 0; b < 4; b++) {
-                float factor = first + b < blocks ? power_of_2(top[b] - best) : 0.f;
-                total += factor * sum[b], value += factor * weighted[b];
-            }
-        }
-        out[i] = from_float<bf16>(value / total);
+    if (TEAM == 1) {
+        __syncwarp();
+        if (lane == 0) arrived = atomicAdd(a.arrived + unit, 1);
+        arrived = __shfl_sync(~0u, arrived, 0);
+    } else {
+        named_barrier(1, TEAM * 32);
+        if (threadIdx.x == 0) *shared.arrived = atomicAdd(a.arrived + unit, 1);
+        named_barrier(1, TEAM * 32);
+        arrived = *shared.arrived;
     }
-    if (threadIdx.x == 0) a.arrived[unit] = 0;
+    if (arrived != blocks - 1) return;
+    __threadfence();
+    for (int head = rank; head < group; head += TEAM) {
+        m.clear();
+        for (int first = 0; first < blocks; first += 4)
+            m.add<4>([&](int i, Merged::Piece (&pieces)[PIECES], float2 &top) {
+                // Only the first block's part begins where the unit does. What is read twice is left out.
+                int b = min(first + i, blocks - 1), place = 2 * (first_block + b) + (b == 0 ? 1 : 0);
+                const float *from = a.partial + (place * 16 + head) * PARTIAL_STRIDE;
+                top = __ldcg((const float2 *)(from + DIM));
+                if (first + i >= blocks) top.x = -infinity();
+#pragma unroll
+                for (int p = 0; p < PIECES; p++) load_from_blocks(pieces[p].x, from + Merged::index(p));
+            });
+        m.write(out + head * DIM);
+    }
+    if (rank == 0 && lane == 0) a.arrived[unit] = 0;
 }
 
-extern "C" __global__ void __launch_bounds__(32 * (WARPS + 1), 1)
-decode(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map, const Args a) {
-    extern __shared__ unsigned char memory[];
-    __shared__ u64 barrier_words[2 * 32];
-    __shared__ int before[ROWS_MAX + 1], lens[ROWS_MAX], slots[ROWS_MAX];
-    __shared__ float tops[2][WARPS][16][2];
-    __shared__ int arrived;
-    let_next_start();
-    u32 tiles = (shared_address(memory) + 1023) / 1024 * 1024, first_barrier = shared_address(barrier_words);
-    unsigned char *behind = memory + (tiles - shared_address(memory)) + a.stages * STAGE_BYTES;
-    Shared shared = {(bf16 *)behind, (float *)(behind + 2 * 16 * Q_STRIDE * 2), tops, &arrived};
-    Ring ring = {tiles, first_barrier, first_barrier + 8 * a.stages, a.stages};
-    if (threadIdx.x == 0) {
-        for (int i = 0; i < a.stages; i++) barrier_init(ring.full + 8 * i, 1), barrier_init(ring.free + 8 * i, 1);
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+// The warp that merges all units but the block's last one, which the summing warps do: they are done.
+__device__ __forceinline__ void merge_all(const Args &a, const Work &work, const Shared &shared) {
+    for (int index = 0, turn = 0;; turn++) {
+        Segment s = work.at(index);
+        index += s.last - s.first;
+        if (index == work.tiles()) return;
+        barrier_wait(shared.sums_full, turn & 1);
+        merge<1>(a, work, s, shared, 0);
     }
-    for (int i = threadIdx.x; i < 16 * Q_STRIDE; i += blockDim.x) ((u32 *)shared.q)[i] = 0;
-    // In a graph, page table and lengths are older than all its kernels.
-    if (!a.early) wait_for_previous();
-    Work work = divide(a, before, lens, slots);
-    int warp = threadIdx.x / 32;
-    if (warp == WARPS) {
-        fetch_all(a, work, k_map, v_map, ring);
-        wait_for_previous();
-        return;
-    }
-    wait_for_previous();
+}
+
+// A warp that sums tiles.
+__device__ __forceinline__ void sum_all(const Args &a, const Work &work, const Shared &shared, Ring ring) {
+    int warp = threadIdx.x / 32, lane = threadIdx.x & 31, g = lane / 4, t = lane & 3, group = a.q_heads / a.kv_heads;
+    float scale = (a.soft_cap > 0.f ? 1.f : a.scale) * 1.4426950408889634f;
     ring.skip(warp);
-    if (work.from == work.to) return;
-    int next = work.from + warp, turn = 0;
-    Segment s = work.at(work.from);
-    prepare_q(a, s, shared.q);
-    named_barrier(1, WARPS * 32);
-    for (int position = work.from; position < work.to; turn ^= 1) {
-        u32 q[DIM / 16][4];
-        load_q(shared.q + turn * 16 * Q_STRIDE, q);
+    Segment s = work.at(0);
+    auto prepare = [&](const Segment &of, int turn) {
+        prepare_q(a, of, shared.q + (turn & 1) * 8 * HALVES * Q_STRIDE);
+        __syncwarp();
+        if (lane == 0) barrier_arrive(shared.q_full + 8 * (turn & 1));
+    };
+    prepare(s, 0);
+    for (int index = 0, next = warp, turn = 0; index < work.tiles(); turn++) {
+        Queries q;
+        barrier_wait(shared.q_full + 8 * (turn & 1), turn >> 1 & 1);
+        q.load(shared.q + (turn & 1) * 8 * HALVES * Q_STRIDE);
+        int begin = index;
+        index += s.last - s.first;
+        // All warps have the last unit's q by now: they have made their parts of this one's since.
+        Segment following = s;
+        if (index < work.tiles()) following = work.at(index), prepare(following, turn + 1);
         Sums sums;
         sums.clear();
-        int end = position + s.last - s.first;
-        Segment following = s;
-        if (end < work.to) {
-            following = work.at(end);
-            prepare_q(a, following, shared.q + (turn ^ 1) * 16 * Q_STRIDE);
-        }
-        for (; next < end; next += WARPS, ring.skip(WARPS)) {
-            int tile = s.first + next - position;
+        for (; next < index; next += WARPS, ring.skip(WARPS)) {
+            int tile = s.first + next - begin;
             u32 at = ring.memory + ring.stage * STAGE_BYTES;
             barrier_wait(ring.full + 8 * ring.stage, ring.parity);
             if (tile == s.tiles - 1) add_token(a, s, at);
             sums.add(a, s, (s.seen_from + tile) * TILE, at, q);
             __syncwarp();
-            if ((threadIdx.x & 31) == 0) barrier_arrive(ring.free + 8 * ring.stage);
+            if (lane == 0) barrier_arrive(ring.free + 8 * ring.stage);
         }
-        merge(a, work, s, shared, turn, sums);
-        position = end, s = following;
+        if (turn > 0) barrier_wait(shared.sums_free, turn - 1 & 1);
+#pragma unroll
+        for (int h = 0; h < HALVES; h++) {
+            float sum = sums.sum[h];
+            sum += __shfl_xor_sync(~0u, sum, 1);
+            sum += __shfl_xor_sync(~0u, sum, 2);
+            int head = g + 8 * h;
+            if (head >= group) continue;
+            if (t == 0) shared.tops[warp][head] = make_float2(sums.top[h] * scale, sum);
+            float *to = shared.sums + (warp * group + head) * SUMS_STRIDE + 2 * t;
+#pragma unroll
+            for (int j = 0; j < DIM / 8; j++) *(float2 *)(to + 8 * j) = make_float2(sums.o[j][2 * h], sums.o[j][2 * h + 1]);
+        }
+        if (index == work.tiles()) break;
+        __syncwarp();
+        if (lane == 0) barrier_arrive(shared.sums_full);
+        s = following;
     }
+    named_barrier(1, WARPS * 32);
+    merge<WARPS>(a, work, s, shared, warp);
+}
+
+extern "C" __global__ void __launch_bounds__(32 * (WARPS + 2), 1)
+decode(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map, const Args a) {
+    extern __shared__ unsigned char memory[];
+    __shared__ u64 barrier_words[2 * STAGES_MAX + 4];
+    __shared__ int before[ROWS_MAX + 1], lens[ROWS_MAX], slots[ROWS_MAX];
+    __shared__ float2 tops[WARPS][16];
+    __shared__ int arrived;
+    let_next_start();
+    u32 tiles = (shared_address(memory) + 1023) / 1024 * 1024, barriers = shared_address(barrier_words);
+    unsigned char *behind = memory + (tiles - shared_address(memory)) + a.stages * STAGE_BYTES;
+    bf16 *q = (bf16 *)behind;
+    float *sums = (float *)(behind + 2 * 8 * HALVES * Q_STRIDE * 2);
+    Shared shared = {q, sums, tops, &arrived, barriers, barriers + 16, barriers + 24};
+    Ring ring = {tiles, barriers + 32, barriers + 32 + 8 * a.stages, a.stages};
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < a.stages; i++) barrier_init(ring.full + 8 * i, 1), barrier_init(ring.free + 8 * i, 1);
+        barrier_init(shared.q_full, WARPS), barrier_init(shared.q_full + 8, WARPS);
+        barrier_init(shared.sums_full, WARPS), barrier_init(shared.sums_free, 1);
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    if (threadIdx.x == 32 * WARPS) prefetch_map(k_map), prefetch_map(v_map);
+    for (int i = threadIdx.x; i < 8 * HALVES * Q_STRIDE; i += blockDim.x) ((u32 *)q)[i] = 0;
+    // In a graph, page table and lengths are older than all its kernels.
+    if (!a.early) wait_for_previous();
+    Work work = divide(a, before, lens, slots);
+    int warp = threadIdx.x / 32;
+    if (warp == WARPS) fetch_all(a, work, k_map, v_map, ring);
+    wait_for_previous();
+    if (work.from == work.to || warp == WARPS) return;
+    if (warp < WARPS) sum_all(a, work, shared, ring);
+    else merge_all(a, work, shared);
 }

@@ -36,6 +36,9 @@ __device__ __forceinline__ void fetch_bytes(u32 to, const void *from, u32 bytes,
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
                  :: "r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
 }
+__device__ __forceinline__ void prefetch_map(const TensorMap &map) {
+    asm volatile("prefetch.tensormap [%0];" :: "l"(&map) : "memory");
+}
 // The box at column `x`, row `y` of the map's matrix; rows outside of it give zeros.
 __device__ __forceinline__ void fetch_box(u32 to, const TensorMap &map, u32 barrier, int x, int y) {
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "

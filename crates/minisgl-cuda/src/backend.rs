@@ -3,6 +3,7 @@
 use std::any::Any;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
 use cudarc::driver::{result, sys};
 use minisgl_tensor::{
@@ -41,7 +42,9 @@ impl CudaBackend {
     /// # Errors
     /// If the driver, NVRTC or cuBLASLt is missing, the card is, or it is older than 8.0.
     pub fn new(options: CudaOptions) -> Result<Self> {
+        let started = Instant::now();
         let device = Arc::new(Device::open(options.device)?);
+        tracing::info!(seconds = started.elapsed().as_secs_f64(), "the card is open");
         let exact = options.precision == Precision::Exact;
         let kernels = Kernels::new(&device, exact)?;
         let mut modules = vec![(Module::Elementwise, vec![]), (Module::Sample, vec![])];
@@ -49,14 +52,12 @@ impl CudaBackend {
             modules.extend(crate::linear::gemv_variants(device.capability.0 >= 9));
         }
         kernels.prepare(&modules)?;
-        Ok(Self {
-            gemm: Gemm::new(&device)?,
-            staging: Staging::new(&device)?,
-            device,
-            kernels,
-            exact,
-            scratch: Mutex::default(),
-        })
+        tracing::info!(seconds = started.elapsed().as_secs_f64(), "kernels are compiled");
+        let gemm = Gemm::new(&device)?;
+        tracing::info!(seconds = started.elapsed().as_secs_f64(), "cuBLASLt is open");
+        let staging = Staging::new(&device)?;
+        tracing::info!(seconds = started.elapsed().as_secs_f64(), "staging memory is there");
+        Ok(Self { gemm, staging, device, kernels, exact, scratch: Mutex::default() })
     }
 
     pub(crate) fn dtype(&self) -> DType {

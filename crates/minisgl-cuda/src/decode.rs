@@ -42,9 +42,10 @@ struct Args {
 /// As in `kernels/decode.cu`.
 const TILE: usize = 16;
 const ROWS_MAX: usize = 512;
+const STAGES_MAX: usize = 48;
 /// With more rows than `FEW_ROWS`, merging larger groups costs more than this kernel gains (measured
 /// on an H200 with Qwen3-14B's groups of 5).
-const GROUP_MAX: usize = 4;
+const GROUP_MAX: usize = 16;
 /// Tiles on their way.
 const TILE_BYTES: usize = 192 << 10;
 /// The same for up to so many rows, whose steps are short: the next kernel's blocks find room beside
@@ -52,9 +53,9 @@ const TILE_BYTES: usize = 192 << 10;
 const FEW_ROWS: usize = 16;
 const FEW_ROWS_TILE_BYTES: usize = 64 << 10;
 /// What a block can have, less what the kernel has of its own.
-const SHARED_BYTES: usize = 218 << 10;
+const SHARED_BYTES: usize = 219 << 10;
 
-/// A block's warps, as in `kernels/decode.cu`, and shared memory.
+/// A block's warps that sum, as in `kernels/decode.cu`, and its shared memory.
 struct Block {
     warps: usize,
     stages: usize,
@@ -64,15 +65,21 @@ struct Block {
 impl Block {
     /// None where heads are too large for so many in a group.
     fn new(Heads { q, kv, dim }: Heads, rows: usize, capability: (i32, i32)) -> Option<Self> {
-        let warps = if dim <= 128 && capability.0 < 10 { 8 } else { 7 };
-        let behind = 2 * (16 * (dim + 8) * 2 + warps * (q / kv) * dim * 4) + 1024;
+        let warps = if dim <= 128 && capability.0 < 10 { 8 } else { 6 };
+        let group = q / kv;
+        let behind = 2 * 8 * halves(group) * (dim + 8) * 2 + warps * group * (dim + 8) * 4 + 1024;
         let wanted = if rows <= FEW_ROWS { FEW_ROWS_TILE_BYTES } else { TILE_BYTES };
         let stage = 2 * TILE * dim * 2;
         let bytes = wanted.max(stage * warps).min(SHARED_BYTES.checked_sub(behind)?);
         // A stage is always the same warp's: it knows by itself what became of the tile before.
-        let stages = bytes / stage / warps * warps;
+        let stages = (bytes / stage).min(STAGES_MAX) / warps * warps;
         (stages > 0).then_some(Self { warps, stages, shared: stages * stage + behind })
     }
+}
+
+/// Of a product's 16 rows, how many times 8 a group takes.
+fn halves(group: usize) -> usize {
+    group.div_ceil(8)
 }
 
 impl CudaBackend {
@@ -83,7 +90,7 @@ impl CudaBackend {
             // 12.0 has too little shared memory.
             && matches!(self.device.capability.0, 9 | 10)
             && matches!(dim, 64 | 128 | 256)
-            && (q / kv <= GROUP_MAX || a.batch.decode_rows <= FEW_ROWS && q / kv <= 16)
+            && q / kv <= GROUP_MAX
             && page_size.is_power_of_two()
             && page_size >= TILE
             && a.batch.decode_rows <= ROWS_MAX
@@ -116,7 +123,7 @@ impl CudaBackend {
             rope: store.rope.address(),
             q_norm,
             k_norm,
-            partial: self.scratch("decode", DType::F32, &[blocks * 2 * 16 * (dim + 2)])?.address(),
+            partial: self.scratch("decode", DType::F32, &[blocks * 2 * 16 * (dim + 4)])?.address(),
             arrived: self.scratch("decode arrivals", DType::I32, &[rows * kv])?.address(),
             rows: rows as i32,
             pages_a_row: batch.page_table.row_len() as i32,
@@ -134,12 +141,11 @@ impl CudaBackend {
             scale: a.scale,
             soft_cap: a.soft_cap.unwrap_or(0.0),
         };
-        let halves = if group <= 8 { 1 } else { 2 };
-        let defines = [("DIM", dim as i32), ("HALVES", halves)];
+        let defines = [("DIM", dim as i32), ("HALVES", halves(group) as i32)];
         let function = self.kernels.get(Module::Decode, &defines, "decode")?;
         let map = |pages| page_matrix(pages, a, TILE).map_parts();
         let (k, v) = (map(&a.kv.k)?, map(&a.kv.v)?);
-        let shape = Launch { grid: [blocks, 1, 1], threads: 32 * (warps + 1), shared, cluster: 1 };
+        let shape = Launch { grid: [blocks, 1, 1], threads: 32 * (warps + 2), shared, cluster: 1 };
         let mut words = [address_of(&k), address_of(&v), address_of(&args)];
         // SAFETY: the kernel's parameters in order; the maps cover the cache, the rest is the step's.
         unsafe { self.device.launch_raw(function, shape, &mut words) }

@@ -291,12 +291,13 @@ fn rope_and_attention() {
                 attention_case(&mut r, &Case { heads, page_size, rows: mixed, window, soft_cap });
             }
         }
-        let many: &[(usize, usize)] = &[(3000, 1); 40];
+        let many: &[(usize, usize)] = &[(1500, 1); 20];
         let short: Vec<(usize, usize)> = (0..300).map(|i| (i % 41, 1)).collect();
         for rows in [many, &short, &[(1000, 1)]] {
-            let case =
-                Case { heads: h(4, 2, 128), page_size: 16, rows, window: None, soft_cap: None };
-            attention_case(&mut r, &case);
+            for heads in [h(4, 2, 128), h(10, 2, 128), h(24, 2, 64)] {
+                let case = Case { heads, page_size: 16, rows, window: None, soft_cap: None };
+                attention_case(&mut r, &case);
+            }
         }
     }
 }

@@ -1,6 +1,7 @@
 //! One rank: a plan in, tokens on their way to the host out. Nothing here waits for the device.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use minisgl_scheduler::plan::StepPlan;
@@ -63,12 +64,15 @@ impl LoadedRank {
             "{} holds no weights",
             checkpoint.path().display()
         );
+        let started = Instant::now();
         let dummy = options.dummy_weights.then(DummyBlock::new);
         let scope =
             WeightScope::new(checkpoint, dummy.as_ref(), backend, options.precision, &shares);
         let config = checkpoint.config().clone();
         let model = models::load(&scope, &config, seq_len_max)
             .with_context(|| format!("loading {}", checkpoint.path().display()))?;
+        backend.synchronize()?;
+        tracing::info!(seconds = started.elapsed().as_secs_f64(), "weights are there");
         let sizes = StepSizes {
             tokens: options.step_tokens_max.max(options.running_requests_max),
             rows: options.running_requests_max,
@@ -97,13 +101,18 @@ impl LoadedRank {
     pub fn finish(self, pages: usize) -> Result<Rank> {
         let heads = Attention::heads(&self.config, &self.shares);
         let backend = self.devices.backend.as_ref();
+        let started = Instant::now();
         let kv = KvPool::new(backend, self.config.num_layers, heads, pages, self.page_size)?;
+        backend.synchronize()?;
+        tracing::info!(seconds = started.elapsed().as_secs_f64(), pages, "the KV pool is there");
+        let started = Instant::now();
         let mut rank = Rank { graphs: Graphs::default(), kv, loaded: self };
         for size in bucket_sizes(rank.loaded.graph_batch_max).into_iter().rev() {
             if !rank.capture(size).context("capturing a decode graph")? {
                 break;
             }
         }
+        tracing::info!(seconds = started.elapsed().as_secs_f64(), "decode graphs are captured");
         Ok(rank)
     }
 }
