@@ -238,6 +238,10 @@ impl Backend for CpuBackend {
         Ok(Weight::new(&[packed.len(), rows, cols], Experts(packed)))
     }
 
+    fn random(&self, _: &[usize], _: u32) -> Result<Option<Weight>> {
+        Ok(None)
+    }
+
     fn vector(&self, parts: &[HostTensor<'_>]) -> Result<Weight> {
         let vector = matrix::vector(parts)?;
         Ok(Weight::new(&[vector.0.len()], vector))

@@ -210,6 +210,10 @@ impl Backend for CudaBackend {
         self.load(&flat, self.dtype(), &[experts.len(), rows, cols])
     }
 
+    fn random(&self, shape: &[usize], seed: u32) -> Result<Option<Weight>> {
+        self.random_matrix(shape, seed, 0.02).map(Some)
+    }
+
     fn vector(&self, parts: &[HostTensor<'_>]) -> Result<Weight> {
         let count = parts.iter().map(|p| p.shape.iter().product::<usize>()).sum();
         self.load(parts, DType::F32, &[count])

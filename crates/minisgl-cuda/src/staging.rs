@@ -9,6 +9,8 @@ use crate::device::{Device, driver, fail};
 
 const SLOTS: usize = 32;
 const SLOT_BYTES: usize = 2 << 20;
+/// Threads that fill the ring for large uploads; each has as many of its buffers.
+const READERS: usize = 8;
 /// Downloads' buffers made ahead: a few steps' tokens.
 const READY: usize = 8;
 const READY_BYTES: usize = 4096;
@@ -41,19 +43,13 @@ impl Staging {
         self.device.bind()?;
         let mut ring = self.ring.lock().map_err(|_| fail("the staging ring is poisoned"))?;
         let (slots, next) = &mut *ring;
+        if src.len() > READERS * SLOT_BYTES {
+            return upload_in_parallel(slots, src, dst.address());
+        }
         for (i, part) in src.chunks(SLOT_BYTES).enumerate() {
             let slot = &mut slots[*next];
             *next = (*next + 1) % SLOTS;
-            slot.wait()?;
-            slot.bytes_mut()[..part.len()].copy_from_slice(part);
-            let to = dst.address() + (i * SLOT_BYTES) as u64;
-            // SAFETY: source and destination hold the part; the slot is not written before its
-            // event has come.
-            unsafe {
-                result::memcpy_htod_async(to, &slot.bytes_mut()[..part.len()], self.device.stream)
-            }
-            .map_err(|e| driver("cuMemcpyHtoDAsync", e))?;
-            slot.record()?;
+            slot.send(part, dst.address() + (i * SLOT_BYTES) as u64)?;
         }
         Ok(())
     }
@@ -80,6 +76,33 @@ impl Staging {
         pinned.record()?;
         Ok(Box::new(Pending { pinned: Some(pinned), bytes, pool: Arc::clone(&self.pool) }))
     }
+}
+
+/// Weights come from a mapped file: one thread would wait for its pages one after the other, and
+/// copies more slowly than the card fetches.
+fn upload_in_parallel(slots: &mut [Pinned], src: &[u8], to: u64) -> Result<()> {
+    let mut shares: Vec<Vec<&mut Pinned>> = (0..READERS).map(|_| Vec::new()).collect();
+    slots.iter_mut().enumerate().for_each(|(i, slot)| shares[i % READERS].push(slot));
+    let send_share = |reader: usize, mut slots: Vec<&mut Pinned>| {
+        slots[0].device.bind()?;
+        let count = slots.len();
+        let parts = src.chunks(SLOT_BYTES).enumerate().skip(reader).step_by(READERS);
+        for (turn, (i, part)) in parts.enumerate() {
+            slots[turn % count].send(part, to + (i * SLOT_BYTES) as u64)?;
+        }
+        Ok(())
+    };
+    std::thread::scope(|scope| {
+        let send_share = &send_share;
+        let readers: Vec<_> = shares
+            .into_iter()
+            .enumerate()
+            .map(|(reader, slots)| scope.spawn(move || send_share(reader, slots)))
+            .collect();
+        readers.into_iter().try_for_each(|reader| {
+            reader.join().unwrap_or_else(|_| Err(fail("a thread that uploads panicked")))
+        })
+    })
 }
 
 struct Pending {
@@ -138,6 +161,18 @@ impl Pinned {
     fn bytes_mut(&mut self) -> &mut [u8] {
         // SAFETY: initialised memory of this length, borrowed with `self`.
         unsafe { std::slice::from_raw_parts_mut(self.address, self.bytes) }
+    }
+
+    /// Starts copying `part` to the device's address `to`, once the last copy is done.
+    fn send(&mut self, part: &[u8], to: u64) -> Result<()> {
+        self.wait()?;
+        self.bytes_mut()[..part.len()].copy_from_slice(part);
+        let stream = self.device.stream;
+        // SAFETY: source and destination hold the part; the buffer is not written before its event
+        // has come.
+        unsafe { result::memcpy_htod_async(to, &self.bytes_mut()[..part.len()], stream) }
+            .map_err(|e| driver("cuMemcpyHtoDAsync", e))?;
+        self.record()
     }
 
     fn record(&self) -> Result<()> {

@@ -60,10 +60,10 @@ impl CudaBackend {
             )));
         }
         let piece = (1 << 20) / cols.max(1) + 1;
-        let mut values = Vec::new();
-        for first in (0..rows).step_by(piece) {
+        let f32s = place.dtype() == DType::F32;
+        let convert = |first: usize| {
             let last = (first + piece).min(rows);
-            values.clear();
+            let mut values = Vec::with_capacity((last - first) * cols);
             dequantize(part.dtype, &part.data[first * row_bytes..last * row_bytes], &mut values)
                 .map_err(|dtype| {
                     BackendError::Unsupported(
@@ -78,14 +78,24 @@ impl CudaBackend {
                 }
             }
             let to = place.rows(first * cols..last * cols);
-            if place.dtype() == DType::F32 {
-                self.staging.upload(bytemuck::cast_slice(&values), &to)?;
-            } else {
-                let rounded: Vec<bf16> = values.iter().map(|&x| bf16::from_f32(x)).collect();
-                self.staging.upload(bytemuck::cast_slice(&rounded), &to)?;
+            if f32s {
+                return self.staging.upload(bytemuck::cast_slice(&values), &to);
             }
-        }
-        Ok(())
+            let rounded: Vec<bf16> = values.iter().map(|&x| bf16::from_f32(x)).collect();
+            self.staging.upload(bytemuck::cast_slice(&rounded), &to)
+        };
+        // A thread a part of the pieces: converting takes longer than the way to the card.
+        let starts: Vec<usize> = (0..rows).step_by(piece).collect();
+        let threads = std::thread::available_parallelism().map_or(1, usize::from);
+        let each = starts.len().div_ceil(threads).max(1);
+        std::thread::scope(|scope| {
+            let converted = |lot: &[usize]| lot.iter().try_for_each(|&first| convert(first));
+            let lots: Vec<_> =
+                starts.chunks(each).map(|lot| scope.spawn(move || converted(lot))).collect();
+            lots.into_iter().try_for_each(|lot| {
+                lot.join().unwrap_or_else(|_| Err(fail("a thread that converts panicked")))
+            })
+        })
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 use std::ops::Range;
+use std::sync::OnceLock;
 
 use anyhow::{Context, Result, bail, ensure};
 use minisgl_tensor::{Backend, DType, HostTensor, Norm, Precision, Weight};
@@ -52,7 +53,7 @@ impl<'a> WeightScope<'a> {
     pub fn rows(&self, shape: [usize; 2], rows: Range<usize>) -> Result<HostTensor<'a>> {
         let name = format!("{}.weight", self.path);
         match self.source {
-            Source::Dummy(block) => Ok(block.matrix(name, rows, shape[1])),
+            Source::Dummy(_) => Ok(unfilled(&name, rows.start, [rows.len(), shape[1]])),
             Source::Checkpoint(checkpoint) => self.read(checkpoint, &name, shape, rows),
         }
     }
@@ -64,7 +65,7 @@ impl<'a> WeightScope<'a> {
         }
         let name = format!("{}.weight", self.path);
         match self.source {
-            Source::Dummy(block) => Ok(block.matrix(name, 0..shape[0], cols.len())),
+            Source::Dummy(_) => Ok(unfilled(&name, cols.start, [shape[0], cols.len()])),
             Source::Checkpoint(checkpoint) => {
                 slice_cols(self.read(checkpoint, &name, shape, 0..shape[0])?, cols)
             }
@@ -96,7 +97,35 @@ impl<'a> WeightScope<'a> {
 
     /// Hands parts to the backend as one stacked matrix.
     pub fn stack(&self, parts: &[HostTensor<'_>]) -> Result<Weight> {
-        self.backend.matrix(parts, self.precision).with_context(|| format!("loading {}", self.path))
+        let made = match self.source {
+            Source::Checkpoint(_) => self.backend.matrix(parts, self.precision),
+            Source::Dummy(block) => {
+                match self.backend.random(&stacked_shape(parts), seed(parts))? {
+                    Some(matrix) => Ok(matrix),
+                    None => self.backend.matrix(&block.fill(parts), self.precision),
+                }
+            }
+        };
+        made.with_context(|| format!("loading {}", self.path))
+    }
+
+    /// The same for each of a layer's experts.
+    pub fn stack_experts(&self, experts: &[Vec<HostTensor<'_>>]) -> Result<Weight> {
+        let made = match self.source {
+            Source::Checkpoint(_) => self.backend.expert_matrices(experts, self.precision),
+            Source::Dummy(block) => {
+                let [rows, cols] = stacked_shape(&experts[0]);
+                match self.backend.random(&[experts.len(), rows, cols], seed(&experts[0]))? {
+                    Some(matrices) => Ok(matrices),
+                    None => {
+                        let filled: Vec<_> =
+                            experts.iter().map(|parts| block.fill(parts)).collect();
+                        self.backend.expert_matrices(&filled, self.precision)
+                    }
+                }
+            }
+        };
+        made.with_context(|| format!("loading the experts of {}", self.path))
     }
 
     /// Expert weights stand one by one (`experts.3.up_proj`), or in one tensor
@@ -169,41 +198,73 @@ fn constant<'a>(name: String, value: f32, len: usize) -> HostTensor<'a> {
     HostTensor { name, dtype: DType::F32, shape: vec![len], data, scale: None }
 }
 
-/// Random bf16 numbers, normal with standard deviation 0.02. Dummy matrices are made of this one
-/// block, each from another place in it, which takes no longer than copying.
+/// A dummy matrix, without its numbers: the device may make them itself.
+fn unfilled<'a>(name: &str, first: usize, shape: [usize; 2]) -> HostTensor<'a> {
+    // Ranks have parts that begin at different places, and then other numbers.
+    let name = format!("{name} from {first}");
+    let data = Cow::Owned(Vec::new());
+    HostTensor { name, dtype: DType::BF16, shape: shape.to_vec(), data, scale: None }
+}
+
+fn stacked_shape(parts: &[HostTensor<'_>]) -> [usize; 2] {
+    [parts.iter().map(|part| part.shape[0]).sum(), parts[0].shape[1]]
+}
+
+/// Depends on the name alone, so that runs are alike.
+fn seed(parts: &[HostTensor<'_>]) -> u32 {
+    hash(&parts[0].name) as u32
+}
+
+fn hash(name: &str) -> u64 {
+    name.bytes().fold(0, |hash, byte| splitmix(hash ^ u64::from(byte)))
+}
+
+/// Random bf16 numbers, normal with standard deviation 0.02. Dummy matrices of the host are made of
+/// this one block, each from another place in it, which takes no longer than copying.
 pub struct DummyBlock {
-    bytes: Vec<u8>,
+    bytes: OnceLock<Vec<u8>>,
 }
 
 impl DummyBlock {
     const LEN: usize = 1 << 20;
 
     pub fn new() -> Self {
-        let mut state = 0x9e37_79b9_7f4a_7c15_u64;
-        let mut uniform = || {
-            state = splitmix(state);
-            (state >> 11) as f64 / (1_u64 << 53) as f64
-        };
-        // The sum of twelve uniform numbers less six is nearly normal.
-        let mut normal = || (0..12).map(|_| uniform()).sum::<f64>() - 6.0;
-        let bytes = (0..Self::LEN)
-            .flat_map(|_| half::bf16::from_f64(0.02 * normal()).to_le_bytes())
-            .collect();
-        Self { bytes }
+        Self { bytes: OnceLock::new() }
     }
 
-    fn matrix<'a>(&self, name: String, rows: Range<usize>, cols: usize) -> HostTensor<'a> {
-        let shape = vec![rows.len(), cols];
-        let wanted = 2 * rows.len() * cols;
-        let hash = name.bytes().fold(rows.start as u64, |h, byte| splitmix(h ^ u64::from(byte)));
-        let start = 2 * (hash as usize % Self::LEN);
-        let mut data = Vec::with_capacity(wanted);
-        data.extend_from_slice(&self.bytes[start..][..wanted.min(self.bytes.len() - start)]);
-        while data.len() < wanted {
-            let left = wanted - data.len();
-            data.extend_from_slice(&self.bytes[..left.min(self.bytes.len())]);
-        }
-        HostTensor { name, dtype: DType::BF16, shape, data: Cow::Owned(data), scale: None }
+    fn bytes(&self) -> &[u8] {
+        self.bytes.get_or_init(|| {
+            let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+            let mut uniform = || {
+                state = splitmix(state);
+                (state >> 11) as f64 / (1_u64 << 53) as f64
+            };
+            // The sum of twelve uniform numbers less six is nearly normal.
+            let mut normal = || (0..12).map(|_| uniform()).sum::<f64>() - 6.0;
+            (0..Self::LEN)
+                .flat_map(|_| half::bf16::from_f64(0.02 * normal()).to_le_bytes())
+                .collect()
+        })
+    }
+
+    /// Gives numbers to the parts that have none yet.
+    fn fill<'a>(&self, parts: &[HostTensor<'a>]) -> Vec<HostTensor<'a>> {
+        let block = self.bytes();
+        let filled = |part: &HostTensor<'a>| {
+            if !part.data.is_empty() {
+                return part.clone();
+            }
+            let wanted = 2 * part.shape.iter().product::<usize>();
+            let start = 2 * (hash(&part.name) as usize % Self::LEN);
+            let mut data = Vec::with_capacity(wanted);
+            data.extend_from_slice(&block[start..][..wanted.min(block.len() - start)]);
+            while data.len() < wanted {
+                let left = wanted - data.len();
+                data.extend_from_slice(&block[..left.min(block.len())]);
+            }
+            HostTensor { data: Cow::Owned(data), ..part.clone() }
+        };
+        parts.iter().map(filled).collect()
     }
 }
 

@@ -72,6 +72,10 @@ pub trait Backend: Send + Sync {
         experts: &[Vec<HostTensor<'_>>],
         precision: Precision,
     ) -> Result<Weight>;
+    /// A matrix `[rows, cols]` or `[experts, rows, cols]` of normal numbers with standard deviation
+    /// 0.02, made on the device: what benchmarks run on. `None` where the device has no memory of
+    /// its own: then the host makes it.
+    fn random(&self, shape: &[usize], seed: u32) -> Result<Option<Weight>>;
     /// A vector in f32 (norm weights, biases): parts one behind the other.
     fn vector(&self, parts: &[HostTensor<'_>]) -> Result<Weight>;
 

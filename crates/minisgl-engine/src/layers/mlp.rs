@@ -1,6 +1,6 @@
 //! Gated MLPs: one, or many of which a token uses a few.
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use minisgl_tensor::{Activation, BackendError, HostTensor, Moe, Norm, Store, Tensor, Weight};
 
 use super::{ColumnPart, ForwardCtx, Linear};
@@ -75,18 +75,12 @@ impl Experts {
             ]);
             down.push(vec![scope.at("down_proj").cols([hidden, inner], share.clone())?]);
         }
-        let experts = |parts: &[Vec<HostTensor<'_>>]| {
-            scope
-                .backend
-                .expert_matrices(parts, scope.precision)
-                .context("loading the experts of a layer")
-        };
         let router = scope.at("gate");
         let router_rows = router.rows([moe.num_experts, hidden], 0..moe.num_experts)?;
         Ok(Self {
             router: router.stack(&[router_rows])?,
-            gate_up: experts(&gate_up)?,
-            down: experts(&down)?,
+            gate_up: scope.stack_experts(&gate_up)?,
+            down: scope.stack_experts(&down)?,
             top_k: moe.num_experts_per_tok,
             renormalize: moe.norm_topk_prob,
             partial: scope.shares.ranks > 1,

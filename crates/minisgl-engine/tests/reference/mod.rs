@@ -244,6 +244,10 @@ impl Backend for Reference {
         Ok(Weight::new(&[experts.len(), rows, experts[0][0].shape[1]], values))
     }
 
+    fn random(&self, _: &[usize], _: u32) -> Result<Option<Weight>> {
+        Ok(None)
+    }
+
     fn vector(&self, parts: &[HostTensor<'_>]) -> Result<Weight> {
         let values: Matrix = parts.iter().flat_map(dequantize).collect();
         Ok(Weight::new(&[values.len()], values))
