@@ -6,6 +6,7 @@
   tests        operations, collectives, and every tiny checkpoint on one card, two ranks included
   memcheck     operations under compute-sanitizer, likewise racecheck
   racecheck
+  faults       a kernel that traps, a refused launch, no memory in flight and at start
   start        process start to ready, with an empty and with a filled kernel cache
   steps        decode steps and prefill
   operations   the parts of a step
@@ -41,7 +42,7 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 MODELS = ROOT / "scripts" / "gpu_models"
 GROUPS = {
-    "test": ["tests", "memcheck", "racecheck"],
+    "test": ["tests", "memcheck", "racecheck", "faults"],
     "bench": ["start", "steps", "operations", "offline", "online"],
     "tp": ["tp-tests", "tp-exchange", "tp-steps", "tp-offline", "tp-kill"],
 }
@@ -52,6 +53,22 @@ LOADS = [
     ("512, 64 at a time", 64, 512, 0, 200, 128),
     ("1024, 256 at a time, shared prefix", 256, 1024, 800, 100, 128),
 ]
+
+# A process that takes a card's memory, all but so many bytes, until its input ends.
+HOLD_MEMORY = """
+import ctypes, sys
+cuda = ctypes.CDLL("libcuda.so.1")
+context, address = ctypes.c_void_p(), ctypes.c_uint64()
+free, total = ctypes.c_size_t(), ctypes.c_size_t()
+ok = cuda.cuInit(0) == 0
+ok = ok and cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), 0) == 0
+ok = ok and cuda.cuCtxSetCurrent(context) == 0
+ok = ok and cuda.cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total)) == 0
+size = ctypes.c_size_t(max(free.value - int(sys.argv[1]), 1))
+ok = ok and cuda.cuMemAlloc_v2(ctypes.byref(address), size) == 0
+print("held" if ok else "failed", flush=True)
+sys.stdin.read()
+"""
 
 
 class Failed(Exception):
@@ -207,6 +224,67 @@ class Bench:
         seconds = round(time.time() - started, 1)
         self.row(f"  {tool:<12} clean  {seconds:>6.1f} s")
         self.keep(tool, {"clean": True, "seconds": seconds})
+
+    def faults(self):
+        """Every fault ends the engine in order: clients are told, and the server ends with an error."""
+        figures = {}
+        for fault in ["trap", "launch", "memory"]:
+            server = Server(self, self.args.models[0], env={"MINISGL_CUDA_FAULT": f"{fault}:300"})
+            clients = [Client(server) for _ in range(4)]
+            for client in clients:
+                client.thread.join(60)
+            told = time.time()
+            health, code = server.health(), None
+            while code is None and time.time() - told < 30:
+                code = server.process.poll()
+                time.sleep(0.05)
+            figures[fault] = {
+                "clients_with_an_error": sum(client.error is not None for client in clients),
+                "text_before": min(client.chunks for client in clients) > 2,
+                "an_error": clients[0].error,
+                "health": health,
+                "exit_code": code,
+                "ended_after_s": round(time.time() - told, 2),
+            }
+            server.stop()
+            self.row(f"  {fault:<8} " + json.dumps(figures[fault]))
+        figures["start"] = self.start_without_memory()
+        self.keep("faults", figures)
+        for fault in ["trap", "launch", "memory"]:
+            found = figures[fault]
+            told = found["clients_with_an_error"] == 4 and found["text_before"]
+            # The server may have ended by the time that its health is asked for.
+            if not (told and found["health"] in (503, None) and found["exit_code"] == 1):
+                raise Failed(f"{fault}: not every client was told, or the server did not end")
+
+    def start_without_memory(self):
+        """What a start says when another process has all memory but so many MiB."""
+        said = {}
+        for left, expected in [(4096, "would"), (512, "out of device memory")]:
+            holder = subprocess.Popen(
+                [sys.executable, "-c", HOLD_MEMORY, str(left << 20)],
+                env=self.env,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            try:
+                if holder.stdout.readline().strip() != "held":
+                    raise Failed("the card's memory could not be taken")
+                pages = ["--num-pages", 1_000_000] if left == 4096 else []
+                try:
+                    self.bench("steps", self.args.models[0], "--batch", 1, *pages)
+                except Failed as why:
+                    said[f"{left} MiB left"] = str(why)
+                else:
+                    raise Failed(f"a start with {left} MiB left did not fail")
+            finally:
+                holder.stdin.close()
+                holder.wait(30)
+            self.row(f"  start    {said[f'{left} MiB left']}")
+            if expected not in said[f"{left} MiB left"]:
+                raise Failed(f"the message does not say '{expected}'")
+        return said
 
     # Benchmarks on one card.
 

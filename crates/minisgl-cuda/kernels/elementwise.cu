@@ -244,6 +244,9 @@ extern "C" __global__ void fill_random(T *out, long long count, u32 seed, float 
     }
 }
 
+// For tests of how an engine ends: takes the context with it.
+extern "C" __global__ void trap() { asm volatile("trap;"); }
+
 // out[indices[i]] = values[i]; negative indices are left out.
 extern "C" __global__ void scatter(const int *indices, const int *values, int count, int *out) {
     let_next_start();

@@ -3,6 +3,7 @@
 use minisgl_tensor::{Attention, BackendError, DType, Heads, Result, RopeStore, Tensor};
 
 use crate::backend::CudaBackend;
+use crate::choice::PrefillKernel;
 use crate::device::{Launch, address_of};
 use crate::kernels::Module;
 use crate::tiles::Matrix;
@@ -107,7 +108,10 @@ impl CudaBackend {
             return Ok(());
         }
         args.first_row = first_row as i32;
-        if self.has_warpgroups() && takes_tiles(heads, batch.page_size) {
+        if self.attention.prefill != PrefillKernel::Mma
+            && self.has_warpgroups()
+            && takes_tiles(heads, batch.page_size)
+        {
             return self.prefill(a, &args, rows);
         }
         let longest = batch.extend_len_max.max(1);
@@ -200,6 +204,6 @@ pub(crate) fn page_matrix(pages: &Tensor, a: &Attention<'_>, box_rows_max: usize
 const PAIRS: usize = 128;
 
 /// Whether K and V can be fetched in whole boxes of swizzled rows.
-fn takes_tiles(heads: Heads, page_size: usize) -> bool {
+pub(crate) fn takes_tiles(heads: Heads, page_size: usize) -> bool {
     matches!(heads.dim, 64 | 128) && page_size.is_power_of_two() && page_size >= 8
 }

@@ -11,7 +11,9 @@ use minisgl_tensor::{
     Logprobs, MemoryInfo, Moe, Norm, Precision, Result, RopeStore, Sample, Tensor, Weight,
 };
 
+use crate::choice::AttentionKernels;
 use crate::device::{Arg, Device, Launch, args, driver, fail};
+use crate::fault::Fault;
 use crate::gemm::Gemm;
 use crate::kernels::{Kernels, Module};
 use crate::staging::Staging;
@@ -33,6 +35,8 @@ pub struct CudaBackend {
     pub(crate) gemm: Gemm,
     pub(crate) staging: Staging,
     pub(crate) exact: bool,
+    pub(crate) attention: AttentionKernels,
+    pub(crate) fault: Option<Fault>,
     scratch: Mutex<HashMap<&'static str, Vec<Tensor>>>,
 }
 
@@ -57,7 +61,16 @@ impl CudaBackend {
         tracing::info!(seconds = started.elapsed().as_secs_f64(), "cuBLASLt is open");
         let staging = Staging::new(&device)?;
         tracing::info!(seconds = started.elapsed().as_secs_f64(), "staging memory is there");
-        Ok(Self { gemm, staging, device, kernels, exact, scratch: Mutex::default() })
+        Ok(Self {
+            gemm,
+            staging,
+            device,
+            kernels,
+            exact,
+            attention: AttentionKernels::default(),
+            fault: Fault::from_environment(),
+            scratch: Mutex::default(),
+        })
     }
 
     pub(crate) fn dtype(&self) -> DType {

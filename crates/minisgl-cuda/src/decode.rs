@@ -4,6 +4,7 @@ use minisgl_tensor::{Attention, DType, Heads, Result, RopeStore, Tensor};
 
 use crate::attention::page_matrix;
 use crate::backend::{CudaBackend, norm_args};
+use crate::choice::DecodeKernel;
 use crate::device::{Launch, address_of, fail};
 use crate::kernels::Module;
 
@@ -85,16 +86,21 @@ fn halves(group: usize) -> usize {
 impl CudaBackend {
     /// Whether `kernels/decode.cu` takes a step's decode rows.
     pub(crate) fn takes_decode(&self, a: &Attention<'_>) -> bool {
-        let (Heads { q, kv, dim }, page_size) = (a.heads, a.batch.page_size);
+        self.attention.decode != DecodeKernel::Split
+            && self.can_stream_decode(a.heads, a.batch.page_size)
+            && a.batch.decode_rows <= ROWS_MAX
+    }
+
+    /// Whether it can at all, with such heads and pages.
+    pub(crate) fn can_stream_decode(&self, heads: Heads, page_size: usize) -> bool {
         !self.exact
             // 12.0 has too little shared memory.
             && matches!(self.device.capability.0, 9 | 10)
-            && matches!(dim, 64 | 128 | 256)
-            && q / kv <= GROUP_MAX
+            && matches!(heads.dim, 64 | 128 | 256)
+            && heads.q / heads.kv <= GROUP_MAX
             && page_size.is_power_of_two()
             && page_size >= TILE
-            && a.batch.decode_rows <= ROWS_MAX
-            && Block::new(a.heads, a.batch.decode_rows, self.device.capability).is_some()
+            && Block::new(heads, ROWS_MAX, self.device.capability).is_some()
     }
 
     /// The first `decode_rows` rows of a step, each of one token.

@@ -38,7 +38,11 @@ impl Module {
             }
             Module::Attention => include_str!("../kernels/attention.cu"),
             Module::Decode => {
-                concat!(include_str!("../kernels/hopper.cuh"), include_str!("../kernels/decode.cu"))
+                concat!(
+                    include_str!("../kernels/hopper.cuh"),
+                    include_str!("../kernels/decode_work.cuh"),
+                    include_str!("../kernels/decode.cu")
+                )
             }
             Module::Prefill => {
                 concat!(

@@ -6,14 +6,16 @@
 //!
 //! Reading order: `device` (context, stream, memory, launches), `staging` (copies), `kernels`
 //! (compiling and caching), `gemm` and `tuning` (cuBLASLt), `weights`, and `backend` with its operations in
-//! `linear`, `rope`, `attention`, `decode`, `moe` and `sampling`. Several cards: `collective`, over
+//! `linear`, `rope`, `attention`, `decode`, `moe` and `sampling`; `choice` is which attention kernels run. Several cards: `collective`, over
 //! `mailbox` (peer memory) and `nccl`; `group` is what ends them together.
 
 mod attention;
 mod backend;
+mod choice;
 mod collective;
 mod decode;
 mod device;
+mod fault;
 mod gemm;
 mod group;
 mod kernels;
@@ -29,6 +31,7 @@ mod tuning;
 mod weights;
 
 pub use backend::{CudaBackend, CudaOptions};
+pub use choice::{AttentionKernels, DecodeKernel, PrefillKernel};
 pub use collective::{GroupOptions, Transport, group};
 pub use device::devices;
 pub use kernels::{Module, compile};

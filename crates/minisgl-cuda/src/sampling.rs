@@ -49,6 +49,7 @@ impl CudaBackend {
     }
 
     pub(crate) fn sample_op(&self, a: &Sample<'_>, logits: &Tensor) -> Result<()> {
+        self.fault.iter().try_for_each(|fault| fault.step(self))?;
         let (rows, vocab) = (logits.dim(0), logits.row_len());
         let chunks = vocab.div_ceil(CHUNK);
         let stats = self.scratch("sample", DType::F32, &[rows, chunks, 4])?;

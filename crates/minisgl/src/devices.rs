@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use minisgl_cpu::{CpuBackend, CpuOptions, cores_of, physical_cores, shared_memory_group};
-use minisgl_cuda::{CudaBackend, CudaOptions, GroupOptions, Transport};
-use minisgl_engine::{Checkpoint, EngineOptions, KvSize, LocalEngine};
-use minisgl_tensor::{Alone, Backend, Collective, Precision};
+use minisgl_cuda::{AttentionKernels, CudaBackend, CudaOptions, GroupOptions, Transport};
+use minisgl_engine::{Checkpoint, EngineOptions, KvSize, LocalEngine, ModelConfig};
+use minisgl_tensor::{Alone, Backend, Collective, Heads, Precision};
 
 use crate::options::{self, Device, Dtype, RuntimeOptions};
 
@@ -40,7 +40,7 @@ impl LoadedEngine {
             );
         }
         let device = resolve(options.device);
-        let ranks = open_ranks(device, options)?;
+        let ranks = open_ranks(device, options, checkpoint.config())?;
         let engine_options = engine_options(device, options);
         let device = ranks[0].0.name();
         let engine = LocalEngine::new(Arc::new(checkpoint), &engine_options, ranks)?;
@@ -58,7 +58,11 @@ fn resolve(device: Device) -> Device {
     }
 }
 
-fn open_ranks(device: Device, options: &RuntimeOptions) -> Result<Vec<RankDevices>> {
+fn open_ranks(
+    device: Device,
+    options: &RuntimeOptions,
+    config: &ModelConfig,
+) -> Result<Vec<RankDevices>> {
     let ranks = options.tp.unwrap_or(1);
     ensure!(ranks > 0, "--tp 0: a model runs on at least one rank");
     let precision = precision(options.dtype);
@@ -70,9 +74,20 @@ fn open_ranks(device: Device, options: &RuntimeOptions) -> Result<Vec<RankDevice
                 options::Transport::Nccl => Transport::Nccl,
                 options::Transport::Peers => Transport::Peers,
             };
-            open_cards(first, ranks, precision, GroupOptions { timeout, transport })
+            let heads = Heads { q: config.q_heads, kv: config.kv_heads, dim: config.head_dim };
+            let page_size = options.page_size.unwrap_or(EngineOptions::default().page_size);
+            let open = |device| {
+                let backend = CudaBackend::new(CudaOptions { device, precision })?;
+                Ok(Arc::new(backend.with_attention(options.attn, heads, page_size)?))
+            };
+            open_cards(first, ranks, open, GroupOptions { timeout, transport })
         }
         Device::Cpu | Device::Auto => {
+            ensure!(
+                options.attn == AttentionKernels::default(),
+                "--attn {} names kernels of NVIDIA GPUs, and this runs on the CPU",
+                options.attn
+            );
             let share = || (physical_cores() / ranks).max(1);
             let threads = options.threads.unwrap_or_else(share);
             let backend = |rank| {
@@ -97,7 +112,7 @@ fn open_ranks(device: Device, options: &RuntimeOptions) -> Result<Vec<RankDevice
 fn open_cards(
     first: usize,
     ranks: usize,
-    precision: Precision,
+    open: impl Fn(usize) -> Result<Arc<CudaBackend>>,
     group: GroupOptions,
 ) -> Result<Vec<RankDevices>> {
     let cards = minisgl_cuda::devices().len();
@@ -109,8 +124,7 @@ fn open_cards(
          would do",
         first + ranks
     );
-    let open = |device| CudaBackend::new(CudaOptions { device, precision }).map(Arc::new);
-    let backends = (first..first + ranks).map(open).collect::<Result<Vec<_>, _>>()?;
+    let backends = (first..first + ranks).map(open).collect::<Result<Vec<_>>>()?;
     let ends: Vec<Arc<dyn Collective>> = match ranks {
         1 => vec![Arc::new(Alone)],
         _ => minisgl_cuda::group(&backends, group)?,

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use clap::{Args, ValueEnum};
+use minisgl_cuda::AttentionKernels;
 
 use crate::source::{ModelLocator, ModelSource};
 
@@ -74,6 +75,17 @@ pub struct RuntimeOptions {
     /// Largest decode batch that runs as a CUDA graph; 0 turns graphs off
     #[arg(long, visible_alias = "graph", value_name = "REQUESTS", help_heading = "Device")]
     pub cuda_graph_max_bs: Option<usize>,
+
+    /// Attention kernels of an NVIDIA GPU: auto, mma or wgmma for prompts, then auto, split or
+    /// stream for single tokens; auto alone takes the fastest that can run
+    #[arg(
+        long,
+        visible_alias = "attention-backend",
+        default_value_t,
+        value_name = "PREFILL,DECODE",
+        help_heading = "Device"
+    )]
+    pub attn: AttentionKernels,
 
     /// Requests that run at once; the others wait [default: 256 on a GPU, 64 on
     /// the CPU]
