@@ -226,6 +226,21 @@ fn linear_and_norms() {
 }
 
 #[test]
+fn large_uploads_arrive_whole() {
+    for r in rigs("upload") {
+        // Beyond what one thread uploads, and no multiple of a part.
+        for bytes in [1 << 20, (16 << 20) + 4, (75 << 20) + 12] {
+            let words: Vec<u8> = (0..bytes as u32 / 4)
+                .flat_map(|i| i.wrapping_mul(2_654_435_761).to_le_bytes())
+                .collect();
+            let to = r.b.alloc(DType::U8, &[bytes]).unwrap();
+            r.b.upload(&words, &to).unwrap();
+            assert!(r.b.download(&to).unwrap().wait().unwrap() == words, "{bytes} bytes");
+        }
+    }
+}
+
+#[test]
 fn embedding_gather_and_scatter() {
     for mut r in rigs("embed") {
         let (w, wt) = r.weight(50, 72);
