@@ -93,7 +93,7 @@ class Bench:
         self.args = args
         self.out = pathlib.Path(args.out)
         self.out.mkdir(parents=True, exist_ok=True)
-        self.log = open(self.out / "gpu.log", "a")
+        self.log = open(self.out / "gpu.log", "a", buffering=1)
         self.results = {}
         if (self.out / "gpu.json").exists():
             self.results = json.loads((self.out / "gpu.json").read_text())
@@ -130,17 +130,20 @@ class Bench:
     def row(self, text):
         print(text, flush=True)
         self.log.write(text + "\n")
-        self.log.flush()
 
     def keep(self, part, value):
         self.results[part] = value
         (self.out / "gpu.json").write_text(json.dumps(self.results, indent=1))
 
-    def run(self, name, *arguments, env=None, timeout=300, prefix=()):
+    def kept(self, part):
+        """What an earlier run found of a part, without a failure of it."""
+        return {name: value for name, value in self.results.get(part, {}).items() if name != "failed"}
+
+    def run(self, name, *arguments, env=None, timeout=None, prefix=()):
         """Runs a binary and returns its standard output; both streams go to the log."""
         command = [*prefix, str(pathlib.Path(self.args.bin) / name), *map(str, arguments)]
         self.log.write("$ " + " ".join(command) + "\n")
-        self.log.flush()
+        timeout = timeout or self.args.timeout
         try:
             done = subprocess.run(
                 command,
@@ -156,7 +159,6 @@ class Bench:
             raise Failed(f"{name} was not done in {timeout} s") from late
         self.written = done.stdout + done.stderr
         self.log.write(self.written)
-        self.log.flush()
         if done.returncode != 0:
             lines = (done.stderr or done.stdout).strip().splitlines()
             raise Failed(f"{name}: {lines[-1] if lines else f'ended with {done.returncode}'}")
@@ -181,11 +183,11 @@ class Bench:
 
     # Tests.
 
-    def cargo_tests(self, part, names, timeout=300):
+    def cargo_tests(self, part, names, *only):
         counts = {}
         for name in names:
             started = time.time()
-            out = self.run(name, "--nocapture", "--test-threads=1", timeout=timeout)
+            out = self.run(name, "--nocapture", "--test-threads=1", *only)
             found = re.search(r"(\d+) passed; (\d+) failed", out)
             # A test that finds no card, or too few, says so and passes.
             skipped = re.findall(r"^.*skipped.*$", self.written, re.MULTILINE)
@@ -204,7 +206,7 @@ class Bench:
         self.cargo_tests("tests", ["ops", "collective", "cards"])
 
     def tp_tests(self):
-        self.cargo_tests("tp-tests", ["collective", "cards"])
+        self.cargo_tests("tp-tests", ["collective", "cards"], "cards_of_their_own")
 
     def memcheck(self):
         self.sanitize("memcheck")
@@ -372,14 +374,17 @@ class Bench:
         """What is run over several ranks, with what fits beside 70B's weights."""
         tp = self.args.tp
         small = self.memory_gib * tp < 200
+        short = ["--steps", 64, "--prefill-prompts", 8]
         large = ["--max-seq-len-override", 4096]
-        large += ["--batch", "1,16,32", "--prefill-prompts", 8] if small else ["--batch", "1,64,256"]
+        large += ["--batch", "1,16,32" if small else "1,64,256"]
         fourteen = ["--batch", "1,64,256"]
-        return [
-            ("qwen3-14b", 1, fourteen),
-            ("qwen3-14b", tp, fourteen),
-            ("llama-3.1-70b", tp, large),
+        cases = [
+            ("qwen3-14b", 1, fourteen + short),
+            ("qwen3-14b", tp, fourteen + short),
+            ("llama-3.1-70b", tp, large + short),
         ]
+        wanted = self.args.cases
+        return [case for case in cases if not wanted or f"{case[0]}/{case[1]}" in wanted]
 
     def tp_exchange(self):
         out = self.run("exchange", self.args.tp, "--json")
@@ -395,7 +400,7 @@ class Bench:
         self.keep("tp-exchange", found)
 
     def tp_steps(self):
-        figures = {}
+        figures = self.kept("tp-steps")
         for model, tp, flags in self.tp_models():
             name = f"{model} over {tp}"
             figures[name] = self.bench("steps", model, *flags, tp=tp)
@@ -403,10 +408,11 @@ class Bench:
             self.keep("tp-steps", figures)
 
     def tp_offline(self):
-        figures = {}
+        figures = self.kept("tp-offline")
         for model, tp, flags in self.tp_models():
             name = f"{model} over {tp}"
             length = flags[:2] if "--max-seq-len-override" in flags else []
+            length += ["--output-len", "100..300"]
             figures[name] = self.bench("offline", model, *length, tp=tp)
             self.print_offline(name, figures[name])
             self.keep("tp-offline", figures)
@@ -467,7 +473,6 @@ class Server:
         command += ["--dummy-weight", "--device", bench.args.device]
         command += ["--model", str(bench.model(model)), *map(str, flags)]
         bench.log.write("$ " + " ".join(command) + "\n")
-        bench.log.flush()
         started = time.time()
         self.process = subprocess.Popen(
             command,
@@ -574,6 +579,12 @@ def main():
     parser.add_argument("--tokenizer", help="a folder with tokenizer.json, for parts with a server")
     parser.add_argument("--models", type=lambda text: text.split(","), help="of those in gpu_models")
     parser.add_argument("--tp", type=int, default=2, help="ranks of the parts with several cards")
+    parser.add_argument(
+        "--cases",
+        type=lambda text: text.split(","),
+        help="of tp-steps and tp-offline, as qwen3-14b/1,llama-3.1-70b/2",
+    )
+    parser.add_argument("--timeout", type=int, default=300, help="seconds for each command")
     parser.add_argument("--device", default="cuda", help="as minisgl's; cpu tries the script out")
     args = parser.parse_args()
     args.models = args.models or ["qwen3-0.6b", "qwen3-14b"]

@@ -71,7 +71,7 @@ pub fn group(
     }
     let small_bytes_max = match options.transport {
         Transport::Peers => usize::MAX,
-        _ => SMALL_BYTES_MAX / ranks,
+        _ => small_bytes_max(ranks),
     };
     let end = |(rank, mailboxes)| -> Arc<dyn Collective> {
         Arc::new(CudaCollective {
@@ -86,9 +86,16 @@ pub fn group(
     Ok(mailboxes.into_iter().enumerate().map(end).collect())
 }
 
-/// Over the ranks: messages up to this size go through peer memory, where every rank reads all of
-/// what the others have, and larger ones through NCCL, where each reads about twice its share.
-const SMALL_BYTES_MAX: usize = 1 << 20;
+/// Messages up to this size go through peer memory, where every rank reads all of what the others
+/// have, and larger ones through NCCL, where each reads about twice its share: between two ranks the
+/// same, so that the limit is where NCCL was found faster (docs/benchmarks/h200-x2.md). With more
+/// ranks peer memory loses sooner; nobody has measured when.
+const fn small_bytes_max(ranks: usize) -> usize {
+    match ranks {
+        2 => 4 << 20,
+        _ => (1 << 20) / ranks,
+    }
+}
 
 /// One rank's end.
 struct CudaCollective {
