@@ -22,6 +22,7 @@ pub enum Module {
     Stream,
     Attention,
     Decode,
+    Chain,
     Prefill,
     Sample,
     Moe,
@@ -43,6 +44,9 @@ impl Module {
                     include_str!("../kernels/decode_work.cuh"),
                     include_str!("../kernels/decode.cu")
                 )
+            }
+            Module::Chain => {
+                concat!(include_str!("../kernels/hopper.cuh"), include_str!("../kernels/chain.cu"))
             }
             Module::Prefill => {
                 concat!(

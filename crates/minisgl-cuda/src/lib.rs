@@ -11,6 +11,7 @@
 
 mod attention;
 mod backend;
+mod chain;
 mod choice;
 mod collective;
 mod decode;

@@ -717,3 +717,159 @@ fn graphs_replay() {
         r.close("launched", &r.get(&xt), &want);
     }
 }
+
+/// Two layers and a head, called one after the other and recorded as a graph: on 9.0 the graph is one
+/// kernel. `extra` is a layer's last product once more, for another number of links.
+#[test]
+fn a_recorded_step_is_what_its_operations_are() {
+    let cases = [
+        (Heads { q: 16, kv: 8, dim: 128 }, 1024, 3072, vec![577]),
+        (Heads { q: 16, kv: 8, dim: 128 }, 1024, 3072, vec![16, 1, 300, 0, 33, 700, 17, 15]),
+        (Heads { q: 12, kv: 2, dim: 128 }, 2056, 520, vec![40, 555, 1]),
+        (Heads { q: 9, kv: 3, dim: 64 }, 576, 1536, (1..=7).map(|i| i * 67).collect()),
+        (Heads { q: 32, kv: 2, dim: 64 }, 4096, 1000, (1..=8).map(|i| i * 11).collect()),
+    ];
+    for mut r in rigs("a_recorded_step").into_iter().take(1) {
+        for (heads, hidden, inner, lens) in &cases {
+            for extra in [false, true] {
+                recorded_step(&mut r, *heads, [*hidden, *inner], lens, extra);
+            }
+        }
+    }
+}
+
+fn recorded_step(
+    r: &mut Rig,
+    heads: Heads,
+    [hidden, inner]: [usize; 2],
+    lens: &[usize],
+    extra: bool,
+) {
+    const PAGE: usize = 32;
+    const VOCAB: usize = 1003;
+    let (rows, longest) = (lens.len(), *lens.iter().max().unwrap());
+    let per_row = longest.div_ceil(PAGE);
+    let own: Vec<i32> = (0..rows as i32).collect();
+    let table: Vec<i32> = (0..(rows * per_row) as i32).collect();
+    let at = |row: usize| match lens[row] {
+        0 => -1,
+        len => ((row * per_row + (len - 1) / PAGE) * PAGE + (len - 1) % PAGE) as i32,
+    };
+    let kv_len: Vec<i32> = lens.iter().map(|len| *len as i32).collect();
+    let last: Vec<i32> = kv_len.iter().map(|len| (len - 1).max(0)).collect();
+    let batch = Batch {
+        rows,
+        tokens: rows,
+        decode_rows: rows,
+        slots: r.ints(&own, &[rows]),
+        query_start: r.ints(&(0..=rows as i32).collect::<Vec<_>>(), &[rows + 1]),
+        kv_len: r.ints(&kv_len, &[rows]),
+        positions: r.ints(&last, &[rows]),
+        store_at: r.ints(&(0..rows).map(at).collect::<Vec<_>>(), &[rows]),
+        page_table: r.ints(&table, &[rows, per_row]),
+        page_size: PAGE,
+        host: None,
+        kv_len_max: longest,
+        extend_len_max: 1,
+    };
+    let small = |(values, _): (Vec<f64>, Weight), shape: &[usize], r: &Rig| {
+        let by = (3.0 / *shape.last().unwrap() as f64).sqrt();
+        let values: Vec<f64> = values.iter().map(|x| r.round(x * by)).collect();
+        r.b.matrix(&[host(&values, shape)], Precision::Native).unwrap()
+    };
+    let matrix = |r: &mut Rig, m: usize, k: usize| {
+        let drawn = r.weight(m, k);
+        small(drawn, &[m, k], r)
+    };
+    let layers: Vec<[Weight; 4]> = (0..2)
+        .map(|_| {
+            [
+                matrix(r, heads.qkv_width(), hidden),
+                matrix(r, hidden, heads.q * heads.dim),
+                matrix(r, 2 * inner, hidden),
+                matrix(r, hidden, inner),
+            ]
+        })
+        .collect();
+    let head = matrix(r, VOCAB, hidden);
+    let bias = r.vector(heads.qkv_width()).1;
+    let norm = |weight: Weight| Norm { weight, eps: 1e-6, plus_one: false };
+    let (norm_in, norm_head) = (norm(r.vector(hidden).1), norm(r.vector(heads.dim).1));
+    let rope = {
+        let angles = r.rng.many(longest * heads.dim);
+        r.f32s(&angles).reshape(&[longest, heads.dim])
+    };
+    let cache = [rows * per_row, heads.kv, PAGE, heads.dim];
+    let pages: Vec<Vec<f64>> = (0..4).map(|_| r.tensor(&cache).0).collect();
+    let x0 = r.tensor(&[rows, hidden]).0;
+
+    let run = |recorded: bool| {
+        let kv: Vec<KvLayer> = pages
+            .chunks(2)
+            .map(|p| KvLayer { k: r.put(&p[0], &cache), v: r.put(&p[1], &cache) })
+            .collect();
+        let (x, qkv) = (r.put(&x0, &[rows, hidden]), r.out(&[rows, heads.qkv_width()]));
+        // Rows without tokens are left alone, or zeros.
+        let attended = r.put(&vec![0.0; rows * heads.q * heads.dim], &[rows, heads.q * heads.dim]);
+        let (mid, logits) = (r.out(&[rows, inner]), r.poison(DType::F32, &[rows, VOCAB]));
+        let mut step = || -> Result<()> {
+            for ([w_qkv, w_o, w_gate_up, w_down], kv) in layers.iter().zip(&kv) {
+                let (store, norm_in) = (Store::Set, Some(&norm_in));
+                let args = Linear { x: &x, norm: norm_in, weight: w_qkv, bias: Some(&bias), store };
+                r.b.linear(&args, &qkv)?;
+                let head_norm = Some(&norm_head);
+                let to = RopeStore {
+                    batch: &batch,
+                    heads,
+                    q_norm: head_norm,
+                    k_norm: head_norm,
+                    rope: &rope,
+                    kv,
+                };
+                let (scale, window, soft_cap) = (0.1, None, None);
+                let args = Attention { batch: &batch, heads, kv, scale, window, soft_cap };
+                r.b.rope_attention(&to, &args, &qkv, &attended)?;
+                let add = Store::Add;
+                let args = Linear { x: &attended, norm: None, weight: w_o, bias: None, store: add };
+                r.b.linear(&args, &x)?;
+                let args = Linear { x: &x, norm: norm_in, weight: w_gate_up, bias: None, store };
+                r.b.gated_linear(&args, Activation::Silu, &mid)?;
+                let args = Linear { x: &mid, norm: None, weight: w_down, bias: None, store: add };
+                r.b.linear(&args, &x)?;
+                if extra {
+                    r.b.linear(&args, &x)?;
+                }
+            }
+            let norm = Some(&norm_in);
+            let args = Linear { x: &x, norm, weight: &head, bias: None, store: Store::Set };
+            r.b.linear(&args, &logits)
+        };
+        let mut outputs = Vec::new();
+        if recorded {
+            let graph = r.b.capture(&mut step).unwrap().unwrap();
+            for _ in 0..2 {
+                r.b.upload(&bytes_of(&x0), &x).unwrap();
+                graph.launch().unwrap();
+                outputs.push(r.get(&logits));
+            }
+            assert_eq!(outputs[0], outputs[1], "the same graph twice");
+        } else {
+            step().unwrap();
+        }
+        let what = [&x, &kv[0].k, &kv[0].v, &kv[1].k, &kv[1].v].map(|t| r.get(t));
+        (r.get(&logits), what)
+    };
+    let (want, want_rest) = run(false);
+    let (got, got_rest) = run(true);
+    let what = format!("{heads:?} hidden {hidden} inner {inner} lens {lens:?} extra {extra}");
+    r.close(&format!("logits, {what}"), &got, &want);
+    for (name, (got, want)) in
+        ["x", "k0", "v0", "k1", "v1"].iter().zip(got_rest.iter().zip(&want_rest))
+    {
+        r.close(&format!("{name}, {what}"), got, want);
+    }
+}
+
+fn bytes_of(values: &[f64]) -> Vec<u8> {
+    values.iter().flat_map(|x| bf16::from_f64(*x).to_le_bytes()).collect()
+}
