@@ -12,7 +12,7 @@ use minisgl_tensor::{
 };
 
 use crate::choice::AttentionKernels;
-use crate::device::{Arg, Device, DeviceMemory, Launch, args, driver, fail};
+use crate::device::{Arg, Device, Launch, args, driver, fail};
 use crate::fault::Fault;
 use crate::gemm::Gemm;
 use crate::kernels::{Kernels, Module};
@@ -184,7 +184,7 @@ impl Backend for CudaBackend {
         // SAFETY: the stream lives; capture is ended below whatever `enqueue` does.
         unsafe { result::stream::begin_capture(self.device.stream, mode) }
             .map_err(|e| driver("cuStreamBeginCapture", e))?;
-        let outcome = enqueue().and_then(|()| self.device.flush_chain());
+        let outcome = enqueue();
         // SAFETY: as above.
         let graph = unsafe { result::stream::end_capture(self.device.stream) }
             .map_err(|e| driver("cuStreamEndCapture", e));
@@ -201,8 +201,7 @@ impl Backend for CudaBackend {
         unsafe { sys::cuGraphUpload(executable, self.device.stream) }
             .result()
             .map_err(|e| driver("cuGraphUpload", e))?;
-        let _programs = self.device.take_programs()?;
-        Ok(Some(Box::new(CudaGraph { device: Arc::clone(&self.device), executable, _programs })))
+        Ok(Some(Box::new(CudaGraph { device: Arc::clone(&self.device), executable })))
     }
 
     fn matrix(&self, parts: &[HostTensor<'_>], _precision: Precision) -> Result<Weight> {
@@ -335,8 +334,6 @@ impl Backend for CudaBackend {
 struct CudaGraph {
     device: Arc<Device>,
     executable: sys::CUgraphExec,
-    /// What its kernels read.
-    _programs: Vec<Arc<DeviceMemory>>,
 }
 
 // SAFETY: a driver handle, used by one thread at a time.

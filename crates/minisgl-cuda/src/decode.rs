@@ -4,15 +4,13 @@ use minisgl_tensor::{Attention, DType, Heads, Result, RopeStore, Tensor};
 
 use crate::attention::page_matrix;
 use crate::backend::{CudaBackend, norm_args};
-use crate::chain::Attend;
 use crate::choice::DecodeKernel;
 use crate::device::{Launch, address_of, fail};
 use crate::kernels::Module;
 
 /// As `Args` in `kernels/decode.cu`.
 #[repr(C)]
-#[derive(Clone, Copy)]
-pub(crate) struct Args {
+struct Args {
     qkv: u64,
     k_pages: u64,
     v_pages: u64,
@@ -149,40 +147,10 @@ impl CudaBackend {
             scale: a.scale,
             soft_cap: a.soft_cap.unwrap_or(0.0),
         };
-        let map = |pages| page_matrix(pages, a, TILE).map_parts();
-        let (k, v) = (map(&a.kv.k)?, map(&a.kv.v)?);
-        if dim <= 128 && batch.decode_rows == batch.rows && self.chains(rows)? {
-            let link = Attend {
-                out: args.out,
-                k_pages: args.k_pages,
-                v_pages: args.v_pages,
-                slots: args.slots,
-                kv_len: args.kv_len,
-                page_table: args.page_table,
-                store_at: args.store_at,
-                rope: args.rope,
-                q_norm,
-                k_norm,
-                rows: args.rows,
-                pages_a_row: args.pages_a_row,
-                page_shift: args.page_shift,
-                q_heads: args.q_heads,
-                kv_heads: args.kv_heads,
-                window: args.window,
-                q_eps,
-                q_shift,
-                k_eps,
-                k_shift,
-                scale: args.scale,
-                soft_cap: args.soft_cap,
-                ..Attend::default()
-            };
-            if self.add_attention(dim, args.qkv, link, [k, v])? {
-                return Ok(());
-            }
-        }
         let defines = [("DIM", dim as i32), ("HALVES", halves(group) as i32)];
         let function = self.kernels.get(Module::Decode, &defines, "decode")?;
+        let map = |pages| page_matrix(pages, a, TILE).map_parts();
+        let (k, v) = (map(&a.kv.k)?, map(&a.kv.v)?);
         let shape = Launch { grid: [blocks, 1, 1], threads: 32 * (warps + 2), shared, cluster: 1 };
         let mut words = [address_of(&k), address_of(&v), address_of(&args)];
         // SAFETY: the kernel's parameters in order; the maps cover the cache, the rest is the step's.

@@ -1,12 +1,11 @@
 //! A card: its context, the one stream that everything runs on, memory and launches.
 
 use std::ffi::c_void;
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, OnceLock};
 
 use cudarc::driver::{DriverError, result, sys};
 use minisgl_tensor::{BackendError, Memory, MemoryInfo, Result, Tensor};
 
-use crate::chain::Chain;
 use crate::group::Group;
 
 /// The context and the stream of one card.
@@ -19,9 +18,7 @@ pub(crate) struct Device {
     pub(crate) capability: (i32, i32),
     pub(crate) multiprocessors: usize,
     /// The most shared memory that a block may have.
-    pub(crate) shared_max: i32,
-    /// Operations that are not enqueued yet.
-    pub(crate) chain: Mutex<Chain>,
+    shared_max: i32,
     /// The group of ranks that this card belongs to: then waiting for it has a time limit.
     pub(crate) group: OnceLock<Arc<Group>>,
 }
@@ -91,7 +88,6 @@ impl Device {
             capability,
             multiprocessors: attribute(A::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize,
             shared_max: attribute(A::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
-            chain: Mutex::default(),
             group: OnceLock::new(),
         })
     }
@@ -199,7 +195,7 @@ impl Device {
     /// # Safety
     /// `args` are what `function` takes, and its accesses stay inside the memory they name.
     pub(crate) unsafe fn launch(
-        self: &Arc<Self>,
+        &self,
         function: Function,
         shape: Launch,
         args: &[Arg],
@@ -218,7 +214,7 @@ impl Device {
     /// # Safety
     /// As `launch`; `S` has the layout of the kernel's struct.
     pub(crate) unsafe fn launch_struct<S>(
-        self: &Arc<Self>,
+        &self,
         function: Function,
         shape: Launch,
         args: &S,
@@ -234,21 +230,6 @@ impl Device {
     /// # Safety
     /// As `launch`.
     pub(crate) unsafe fn launch_raw(
-        self: &Arc<Self>,
-        function: Function,
-        shape: Launch,
-        words: &mut [*mut c_void],
-    ) -> Result<()> {
-        self.flush_chain()?;
-        // SAFETY: as the caller promises.
-        unsafe { self.launch_now(function, shape, words) }
-    }
-
-    /// As `launch_raw`, in front of the links that wait.
-    ///
-    /// # Safety
-    /// As `launch`.
-    pub(crate) unsafe fn launch_now(
         &self,
         function: Function,
         shape: Launch,

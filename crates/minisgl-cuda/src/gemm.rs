@@ -58,7 +58,6 @@ impl Gemm {
 
     pub(crate) fn run(&self, product: &Product<'_>) -> Result<()> {
         self.device.bind()?;
-        self.device.flush_chain()?;
         let shape = Shape {
             m: bucket(product.rows),
             n: product.w.shape()[product.w.shape().len() - 2],

@@ -22,7 +22,6 @@ pub enum Module {
     Stream,
     Attention,
     Decode,
-    Chain,
     Prefill,
     Sample,
     Moe,
@@ -44,9 +43,6 @@ impl Module {
                     include_str!("../kernels/decode_work.cuh"),
                     include_str!("../kernels/decode.cu")
                 )
-            }
-            Module::Chain => {
-                concat!(include_str!("../kernels/hopper.cuh"), include_str!("../kernels/chain.cu"))
             }
             Module::Prefill => {
                 concat!(

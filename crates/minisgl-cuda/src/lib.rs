@@ -11,7 +11,6 @@
 
 mod attention;
 mod backend;
-mod chain;
 mod choice;
 mod collective;
 mod decode;

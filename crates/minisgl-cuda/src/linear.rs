@@ -3,7 +3,6 @@
 use minisgl_tensor::{Activation, Backend, DType, Linear, Result, Store, Tensor};
 
 use crate::backend::{CudaBackend, norm_args};
-use crate::chain::Matmul;
 use crate::device::{Launch, args};
 use crate::gemm::Product;
 use crate::kernels::Module;
@@ -95,29 +94,6 @@ impl CudaBackend {
     fn stream(&self, a: &Linear<'_>, gated: Option<Activation>, out: &Tensor) -> Result<()> {
         let (rows, k, n) = (a.x.dim(0), a.x.row_len(), out.row_len());
         let (norm, eps, shift) = norm_args(a.norm);
-        if self.chains(rows)? {
-            let rows_of_w =
-                |tiles: usize| n.div_ceil(8 * tiles).div_ceil(self.device.multiprocessors) * tiles;
-            let two = gated.is_some() || rows_of_w(2) <= rows_of_w(1);
-            return self.add_matmul(Matmul {
-                x: a.x.address(),
-                w: tensor(a.weight).address(),
-                norm,
-                bias: a.bias.map_or(0, |b| tensor(b).address()),
-                out: out.address(),
-                rows: rows as i32,
-                n: n as i32,
-                k: k as i32,
-                tiles: 1 + i32::from(two),
-                gated: i32::from(gated.is_some()),
-                old: if a.store == Store::Add { out.address() } else { 0 },
-                gelu: i32::from(gated == Some(Activation::GeluTanh)),
-                out_f32: i32::from(out.dtype() == DType::F32),
-                eps,
-                shift,
-                ..Matmul::default()
-            });
-        }
         let tiles = if gated.is_some() || n >= 16 * self.device.multiprocessors { 2 } else { 1 };
         let blocks = n.div_ceil(if gated.is_some() { 8 } else { tiles * 8 });
         // All blocks walk as many tiles, so that all end at about the same time.

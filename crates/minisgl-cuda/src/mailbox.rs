@@ -95,7 +95,7 @@ impl Mailboxes {
     }
 
     /// `x = Σ over ranks of x`.
-    pub(crate) fn all_reduce(&self, device: &Arc<Device>, x: &Tensor) -> Result<()> {
+    pub(crate) fn all_reduce(&self, device: &Device, x: &Tensor) -> Result<()> {
         let (bytes, end) = (x.bytes() / x.elements().max(1), x.address() + x.bytes() as u64);
         if !x.address().is_multiple_of(16) {
             return Err(BackendError::Unsupported(
@@ -112,12 +112,7 @@ impl Mailboxes {
     }
 
     /// `out[:, rank·n .. (rank+1)·n] = part of rank`.
-    pub(crate) fn all_gather(
-        &self,
-        device: &Arc<Device>,
-        part: &Tensor,
-        out: &Tensor,
-    ) -> Result<()> {
+    pub(crate) fn all_gather(&self, device: &Device, part: &Tensor, out: &Tensor) -> Result<()> {
         let row_bytes = part.bytes() / part.dim(0).max(1);
         let rows_each = SLOT_BYTES / row_bytes.max(1);
         if rows_each == 0 || !row_bytes.is_multiple_of(4) {
