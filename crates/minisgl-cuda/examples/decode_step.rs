@@ -1,5 +1,5 @@
 //! Times a whole decode step and a prefill step, operation by operation as the engine calls them,
-//! of Qwen3-0.6B's and Qwen3-14B's shapes on random weights: `decode_step [0.6b] [14b] [ROWS ..]`; with rows, no prefill.
+//! of Qwen3-0.6B's and Qwen3-14B's shapes on random weights: `decode_step [0.6b] [14b] [BATCH ...]`.
 #![expect(clippy::print_stdout, reason = "this program's output is its table")]
 
 use std::sync::Arc;
@@ -36,6 +36,7 @@ const SHAPES: [Shape; 2] = [
     },
 ];
 const PAGE: usize = 16;
+const PAGES_A_ROW: usize = 4096 / PAGE;
 
 struct Layer {
     qkv: Weight,
@@ -82,27 +83,25 @@ fn main() -> Result<()> {
     let started = Instant::now();
     let b = CudaBackend::new(CudaOptions { device: 0, precision: Precision::Native })?;
     println!("{}: backend ready in {:.2} s", b.name(), started.elapsed().as_secs_f64());
-    let (mut rows, mut names) = (vec![], vec![]);
-    for arg in std::env::args().skip(1) {
-        match arg.parse::<usize>() {
-            Ok(count) => rows.push(count),
-            Err(_) => names.push(arg),
+    let wanted: Vec<String> = std::env::args().skip(1).collect();
+    let mut batches: Vec<usize> = wanted.iter().filter_map(|w| w.parse().ok()).collect();
+    let prefill = batches.is_empty();
+    if prefill {
+        batches = vec![1, 8, 16, 32, 64, 128, 256];
+    }
+    let every = SHAPES.iter().all(|s| !wanted.iter().any(|w| w == s.name));
+    for shape in SHAPES.iter().filter(|s| every || wanted.iter().any(|w| w == s.name)) {
+        let model = bench(&b, shape, &batches)?;
+        if prefill {
+            bench_prefill(&model)?;
         }
-    }
-    let with_prefill = rows.is_empty();
-    if with_prefill {
-        rows = vec![1, 8, 16, 32, 64, 128, 256];
-    }
-    for shape in SHAPES.iter().filter(|s| names.is_empty() || names.iter().any(|n| n == s.name)) {
-        bench(&b, shape, &rows, with_prefill)?;
     }
     Ok(())
 }
 
-fn bench(b: &CudaBackend, shape: &Shape, all_rows: &[usize], with_prefill: bool) -> Result<()> {
+fn bench<'a>(b: &'a CudaBackend, shape: &'a Shape, batches: &[usize]) -> Result<Model<'a>> {
     let started = Instant::now();
-    let slots = all_rows.iter().copied().max().unwrap_or(1).max(64);
-    let per_row = 4096 / PAGE;
+    let slots = 256;
     let pages = slots * 640 / PAGE + 1;
     let model = Model::new(b, shape, pages, slots)?;
     b.synchronize()?;
@@ -110,9 +109,9 @@ fn bench(b: &CudaBackend, shape: &Shape, all_rows: &[usize], with_prefill: bool)
     println!(
         "decode, context 576, ms a step: whole | linear | attention | rest | first run, capture (s)"
     );
-    for &rows in all_rows {
+    for &rows in batches {
         let rows_spec: Vec<(usize, usize)> = vec![(575, 1); rows];
-        let step = Step::new(b, shape, &rows_spec, per_row)?;
+        let step = Step::new(b, shape, &rows_spec)?;
         let first = Instant::now();
         model.forward(&step, ALL)?;
         b.synchronize()?;
@@ -140,11 +139,13 @@ fn bench(b: &CudaBackend, shape: &Shape, all_rows: &[usize], with_prefill: bool)
             times[0].1, times[1].1, times[2].1, times[3].1
         );
     }
-    if !with_prefill {
-        return Ok(());
-    }
+    Ok(model)
+}
+
+fn bench_prefill(model: &Model<'_>) -> Result<()> {
+    let b = model.b;
     println!("prefill of 8 x 2048 tokens, tokens/s | ms: whole, linear, attention, rest");
-    let step = Step::new(b, shape, &[(0, 2048); 8], per_row)?;
+    let step = Step::new(b, model.shape, &[(0, 2048); 8])?;
     model.forward(&step, ALL)?;
     let time = |parts| median(b, 3, || model.forward(&step, parts));
     let whole = time(ALL)?;
@@ -289,7 +290,8 @@ impl<'a> Model<'a> {
 }
 
 impl Step {
-    fn new(b: &CudaBackend, s: &Shape, rows: &[(usize, usize)], per_row: usize) -> Result<Self> {
+    fn new(b: &CudaBackend, s: &Shape, rows: &[(usize, usize)]) -> Result<Self> {
+        let per_row = PAGES_A_ROW;
         let n = rows.len();
         let tokens: usize = rows.iter().map(|r| r.1).sum();
         let ints = |v: Vec<i32>, shape: &[usize]| -> Result<Tensor> {

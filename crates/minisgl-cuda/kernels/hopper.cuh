@@ -45,11 +45,49 @@ __device__ __forceinline__ void fetch_box(u32 to, const TensorMap &map, u32 barr
                  "[%0], [%1, {%3, %4}], [%2];"
                  :: "r"(to), "l"(&map), "r"(barrier), "r"(x), "r"(y) : "memory");
 }
+// The box at column `x`, row `y` of groups of rows; see `Matrix::map_groups`.
+__device__ __forceinline__ void fetch_groups(u32 to, const TensorMap &map, u32 barrier, int x, int y) {
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
+                 "[%0], [%1, {%3, %5, %5, %4}], [%2];"
+                 :: "r"(to), "l"(&map), "r"(barrier), "r"(x), "r"(y), "r"(0) : "memory");
+}
 // The box of all parts of 64 columns, from row `y` on: a part behind the other.
 __device__ __forceinline__ void fetch_parts(u32 to, const TensorMap &map, u32 barrier, int y) {
     asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes "
                  "[%0], [%1, {%3, %4, %3}], [%2];"
                  :: "r"(to), "l"(&map), "r"(barrier), "r"(0), "r"(y) : "memory");
+}
+
+// Blocks of a cluster: they see each other's shared memory.
+__device__ __forceinline__ int cluster_rank() {
+    int rank;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+// The same address in block `rank`.
+__device__ __forceinline__ u32 address_in(u32 address, int rank) {
+    u32 there;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+    return there;
+}
+// To another block's memory; its barrier counts the bytes.
+__device__ __forceinline__ void send(u32 there, u32 barrier_there, float a, float b, float c, float d) {
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%2, %3, %4, %5}, [%1];"
+                 :: "r"(there), "r"(barrier_there), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
+}
+__device__ __forceinline__ void send(u32 there, u32 barrier_there, float x) {
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %2, [%1];"
+                 :: "r"(there), "r"(barrier_there), "f"(x) : "memory");
+}
+// As `barrier_wait`, for what other blocks sent.
+__device__ __forceinline__ void barrier_wait_for_cluster(u32 barrier, u32 parity) {
+    u32 done;
+    do {
+        asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+                     "selp.u32 %0, 1, 0, p;\n}" : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
+    } while (!done);
 }
 
 // A factor in shared memory: rows of 128 bytes in the 128-byte swizzle, groups of 8 rows behind one
@@ -78,59 +116,38 @@ template <int N> __device__ __forceinline__ void pin(u32 (&d)[N]) {
 #define SUMS_16(d, i) SUMS_8(d, i), SUMS_8(d, i + 8)
 #define SUMS_32(d, i) SUMS_16(d, i), SUMS_16(d, i + 16)
 #define SUMS_64(d, i) SUMS_32(d, i), SUMS_32(d, i + 32)
-#define SUMS_128(d, i) SUMS_64(d, i), SUMS_64(d, i + 64)
+// The same registers' names in the instruction.
+#define NAMES_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define NAMES_32 NAMES_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define NAMES_64 NAMES_32 \
+    ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
+    ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
-// d[64 × N] (+)= a[64 × 16] · b[16 × N]. Lane (g, t) of warp w holds d[4j + 2h + e]: row
-// 16w + g + 8h, column 8j + 2t + e.
+// d[64 × N] (+)= a[64 × 16] · b[16 × N]; `accumulate` 0 starts a new sum. Lane (g, t) of warp w holds
+// d[4j + 2h + e]: row 16w + g + 8h, column 8j + 2t + e. `shared`: both factors from shared memory;
+// `registers`: the first one from registers.
 template <int N> struct Product;
 
-template <> struct Product<64> {
-    // Both factors from shared memory; `accumulate` 0 starts a new sum.
-    template <int TRANSPOSED_B>
-    static __device__ __forceinline__ void shared(float (&d)[32], u64 a, u64 b, int accumulate) {
-        asm volatile(
-            "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
-            "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-            "}, %32, %33, p, 1, 1, 0, %35;\n}"
-            : SUMS_32(d, 0) : "l"(a), "l"(b), "r"(accumulate), "n"(TRANSPOSED_B));
-    }
-    // The first factor from registers; adds to the sums.
-    template <int TRANSPOSED_B>
-    static __device__ __forceinline__ void registers(float (&d)[32], const u32 *a, u64 b) {
-        asm volatile(
-            "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-            "}, {%32, %33, %34, %35}, %36, 1, 1, 1, %37;"
-            : SUMS_32(d, 0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(TRANSPOSED_B));
-    }
-};
-template <> struct Product<128> {
-    // Both factors from shared memory; `accumulate` 0 starts a new sum.
-    template <int TRANSPOSED_B>
-    static __device__ __forceinline__ void shared(float (&d)[64], u64 a, u64 b, int accumulate) {
-        asm volatile(
-            "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
-            "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-            "}, %64, %65, p, 1, 1, 0, %67;\n}"
-            : SUMS_64(d, 0) : "l"(a), "l"(b), "r"(accumulate), "n"(TRANSPOSED_B));
-    }
-    // The first factor from registers; adds to the sums.
-    template <int TRANSPOSED_B>
-    static __device__ __forceinline__ void registers(float (&d)[64], const u32 *a, u64 b) {
-        asm volatile(
-            "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-            "}, {%64, %65, %66, %67}, %68, 1, 1, 1, %69;"
-            : SUMS_64(d, 0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(TRANSPOSED_B));
-    }
-};
+// `I` to `N`: the numbers of the operands behind the sums.
+#define PRODUCT(COLUMNS, COUNT, I, J, K, L, M, N, O)                                                        \
+    template <> struct Product<COLUMNS> {                                                                   \
+        template <int TRANSPOSED_B>                                                                         \
+        static __device__ __forceinline__ void shared(float (&d)[COUNT], u64 a, u64 b, int accumulate) {    \
+            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #K ", 0;\n"                                  \
+                         "wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32.bf16.bf16 {" NAMES_##COUNT   \
+                         "}, %" #I ", %" #J ", p, 1, 1, 0, %" #L ";\n}"                                     \
+                         : SUMS_##COUNT(d, 0) : "l"(a), "l"(b), "r"(accumulate), "n"(TRANSPOSED_B));        \
+        }                                                                                                   \
+        template <int TRANSPOSED_B>                                                                         \
+        static __device__ __forceinline__ void registers(float (&d)[COUNT], const u32 *a, u64 b, int accumulate) { \
+            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #N ", 0;\n"                                  \
+                         "wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32.bf16.bf16 {" NAMES_##COUNT   \
+                         "}, {%" #I ", %" #J ", %" #K ", %" #L "}, %" #M ", p, 1, 1, %" #O ";\n}"           \
+                         : SUMS_##COUNT(d, 0)                                                               \
+                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), "n"(TRANSPOSED_B)); \
+        }                                                                                                   \
+    };
+
+PRODUCT(32, 16, 16, 17, 18, 19, 20, 21, 22)
+PRODUCT(64, 32, 32, 33, 34, 35, 36, 37, 38)
+PRODUCT(128, 64, 64, 65, 66, 67, 68, 69, 70)

@@ -114,7 +114,7 @@ __device__ __forceinline__ void scores(float (&s)[64], u32 q, u32 k) {
 
 __device__ __forceinline__ void weighted_values(float (&o)[DIM / 2], const u32 (&p)[32], u32 v) {
 #pragma unroll
-    for (int i = 0; i < TILE / 16; i++) Product<DIM>::registers<1>(o, p + 4 * i, factor(v + i * 2048, TILE * 128));
+    for (int i = 0; i < TILE / 16; i++) Product<DIM>::registers<1>(o, p + 4 * i, factor(v + i * 2048, TILE * 128), 1);
     products_commit();
 }
 

@@ -2,6 +2,7 @@
 
 use std::any::Any;
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
@@ -38,6 +39,7 @@ pub struct CudaBackend {
     pub(crate) attention: AttentionKernels,
     pub(crate) fault: Option<Fault>,
     scratch: Mutex<HashMap<&'static str, Vec<Tensor>>>,
+    by_library: AtomicBool,
 }
 
 impl CudaBackend {
@@ -55,6 +57,9 @@ impl CudaBackend {
         if !exact {
             modules.extend(crate::linear::gemv_variants(device.capability.0 >= 9));
         }
+        if !exact && device.capability == (9, 0) {
+            modules.extend(crate::narrow::narrow_variants());
+        }
         kernels.prepare(&modules)?;
         tracing::info!(seconds = started.elapsed().as_secs_f64(), "kernels are compiled");
         let gemm = Gemm::new(&device)?;
@@ -70,6 +75,7 @@ impl CudaBackend {
             attention: AttentionKernels::default(),
             fault: Fault::from_environment(),
             scratch: Mutex::default(),
+            by_library: AtomicBool::new(false),
         })
     }
 
@@ -113,6 +119,15 @@ impl CudaBackend {
         let function = self.kernels.get(Module::Elementwise, &[], name)?;
         // SAFETY: callers pass the kernel's own parameters, over tensors of the stated shapes.
         unsafe { self.device.launch(function, shape, args) }
+    }
+
+    /// Sends every matrix product to cuBLASLt, or no longer: what a benchmark compares with.
+    pub fn set_products_by_library(&self, on: bool) {
+        self.by_library.store(on, Ordering::Relaxed);
+    }
+
+    pub(crate) fn by_library(&self) -> bool {
+        self.by_library.load(Ordering::Relaxed)
     }
 
     /// Weights drawn from a normal distribution, made on the card: what benchmarks run on.

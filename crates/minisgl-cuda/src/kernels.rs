@@ -20,6 +20,7 @@ pub enum Module {
     Elementwise,
     Gemv,
     Stream,
+    Narrow,
     Attention,
     Decode,
     Prefill,
@@ -35,6 +36,9 @@ impl Module {
             Module::Gemv => include_str!("../kernels/gemv.cu"),
             Module::Stream => {
                 concat!(include_str!("../kernels/hopper.cuh"), include_str!("../kernels/stream.cu"))
+            }
+            Module::Narrow => {
+                concat!(include_str!("../kernels/hopper.cuh"), include_str!("../kernels/narrow.cu"))
             }
             Module::Attention => include_str!("../kernels/attention.cu"),
             Module::Decode => {

@@ -6,7 +6,7 @@
 //!
 //! Reading order: `device` (context, stream, memory, launches), `staging` (copies), `kernels`
 //! (compiling and caching), `gemm` and `tuning` (cuBLASLt), `weights`, and `backend` with its operations in
-//! `linear`, `rope`, `attention`, `decode`, `moe` and `sampling`; `choice` is which attention kernels run. Several cards: `collective`, over
+//! `linear`, `narrow`, `rope`, `attention`, `decode`, `moe` and `sampling`; `choice` is which attention kernels run. Several cards: `collective`, over
 //! `mailbox` (peer memory) and `nccl`; `group` is what ends them together.
 
 mod attention;
@@ -22,6 +22,7 @@ mod kernels;
 mod linear;
 mod mailbox;
 mod moe;
+mod narrow;
 mod nccl;
 mod rope;
 mod sampling;

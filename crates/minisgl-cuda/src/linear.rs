@@ -1,4 +1,4 @@
-//! Matrix products: our own kernel for few rows, cuBLASLt for many.
+//! Matrix products: our own kernels for few rows, cuBLASLt for many.
 
 use minisgl_tensor::{Activation, Backend, DType, Linear, Result, Store, Tensor};
 
@@ -10,7 +10,7 @@ use crate::weights::tensor;
 
 /// Up to this many rows of a matrix of up to this many elements, `gemv.cu` is faster than cuBLASLt
 /// (measured on an H200): what counts there is launches and fusing, not the reading of weights.
-const GEMV_ROWS_MAX: usize = 16;
+pub(crate) const GEMV_ROWS_MAX: usize = 16;
 const GEMV_ELEMENTS_MAX: usize = 16 << 20;
 /// The same for `stream.cu`: rows of this many elements, whatever their number. With Qwen3-14B's, of
 /// 5,120 and more, it reads at 85% of what the memory gives, and cuBLASLt at more.
@@ -21,6 +21,9 @@ impl CudaBackend {
         let rows = a.x.dim(0);
         if self.prefers_gemv(a) {
             return self.gemv(a, None, out);
+        }
+        if self.prefers_narrow(a, false, out) {
+            return self.narrow(a, None, out);
         }
         let x = self.normed(a)?;
         let mut add = a.store == Store::Add;
@@ -55,6 +58,9 @@ impl CudaBackend {
         if self.prefers_gemv(a) {
             return self.gemv(a, Some(activation), out);
         }
+        if self.prefers_narrow(a, true, out) {
+            return self.narrow(a, Some(activation), out);
+        }
         let both = self.scratch("gate_up", self.dtype(), &[rows, 2 * inner])?;
         self.linear_op(&Linear { store: Store::Set, ..*a }, &both)?;
         let count = rows * inner;
@@ -77,6 +83,7 @@ impl CudaBackend {
     fn prefers_gemv(&self, a: &Linear<'_>) -> bool {
         let weight = tensor(a.weight);
         !self.exact
+            && !self.by_library()
             && a.x.dim(0) <= GEMV_ROWS_MAX
             && match self.streams() {
                 true => weight.row_len() <= STREAM_ROW_MAX,

@@ -30,6 +30,17 @@ impl Matrix {
         self.encode(&[64, self.rows, parts], &[self.cols * 2, 128], &[64, self.box_rows, parts])
     }
 
+    /// Of `halves` matrices of as many rows, one above the other: a box takes 8 rows of each in turn,
+    /// and so on until it has `box_rows`.
+    pub(crate) fn map_groups(&self, halves: usize) -> Result<TensorMap> {
+        let (row, half) = (self.cols * 2, self.rows / halves);
+        self.encode(
+            &[self.cols, 8, halves, half / 8],
+            &[row, half * row, 8 * row],
+            &[64, 8, halves, self.box_rows / 8 / halves],
+        )
+    }
+
     /// Strides in bytes, of all dimensions but the first.
     fn encode(&self, sizes: &[usize], strides: &[usize], extent: &[usize]) -> Result<TensorMap> {
         let mut map = TensorMap { opaque: [0; 16] };
@@ -46,7 +57,7 @@ impl Matrix {
                 sizes.as_ptr(),
                 strides.as_ptr(),
                 extent.as_ptr(),
-                [1; 3].as_ptr(),
+                [1; 4].as_ptr(),
                 sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
                 sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
                 sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,

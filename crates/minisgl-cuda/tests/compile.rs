@@ -32,6 +32,20 @@ fn kernels_compile_without_spills() {
                 }
             }
         }
+        // Whose products of four warps no other architecture takes.
+        for groups in [1, 2] {
+            for (rows, gated, norm) in [(64, 0, 0), (32, 0, 0), (32, 0, 1), (32, 1, 1), (32, 1, 0)]
+            {
+                let defines =
+                    [("ROWS", rows), ("GROUPS", groups), ("GATED", gated), ("NORM", norm)];
+                if arch == "sm_90a" {
+                    check(Module::Narrow, &defines, arch, false, true);
+                } else {
+                    let refused = compile(Module::Narrow, &defines, arch, false).unwrap_err();
+                    assert!(refused.to_string().contains("wgmma"), "{arch}: {refused}");
+                }
+            }
+        }
         for dim in [64, 128].into_iter().filter(|_| arch == "sm_90a") {
             check(Module::Prefill, &[("DIM", dim)], arch, false, true);
         }

@@ -178,6 +178,12 @@ fn linear_and_norms() {
             (100, 144, 3072),
             (128, 72, 40),
             (130, 64, 256),
+            // Where few rows meet many columns, blocks walk several tiles.
+            (24, 9008, 72),
+            (31, 35344, 40),
+            (49, 4112, 200),
+            (57, 17936, 136),
+            (64, 1024, 3072),
         ] {
             let (x, xt) = r.tensor(&[m, k]);
             let (w, wt) = r.weight(n, k);
