@@ -129,6 +129,7 @@ fn hostile_gguf_files_are_refused_with_a_reason() {
         (GgufFile::new(3, 0, 1).meta_u32("general.alignment", 0).bytes, &["alignment"]),
         (GgufFile::new(3, 0, 1).meta_u32("general.alignment", 3).bytes, &["alignment"]),
         (GgufFile::new(3, 0, 0).bytes, &["general.architecture"]),
+        (GgufFile::new(3, 0, 1).meta_u32("split.count", 3).bytes, &["one of 3 parts"]),
         (
             GgufFile::new(3, 0, 1).meta_string("general.architecture", "mamba").bytes,
             &["\"mamba\"", "qwen3moe"],

@@ -121,6 +121,9 @@ impl Checkpoint {
     fn open_gguf(path: &Path) -> Result<Self> {
         let file = MappedFile::open(path)?;
         let Gguf { metadata, tensors } = Gguf::parse(file.bytes())?;
+        if let Some(parts) = metadata.unsigned("split.count").filter(|parts| *parts > 1) {
+            bail!("one of {parts} parts; join them first (llama-gguf-split --merge)");
+        }
         let architecture = metadata.string("general.architecture").map(str::to_owned);
         let mut config = ModelConfig::from_gguf(&metadata)?;
         let head_dim = config.head_dim;
