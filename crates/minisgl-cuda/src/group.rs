@@ -73,9 +73,19 @@ impl Group {
         // finds its work done and after that the word still unset has whole results.
         self.broken.word().fetch_max(BrokenWord::BY_HOST, Ordering::SeqCst);
         self.changed.notify_all();
-        for communicator in &self.communicators {
-            let taken = communicator.lock().unwrap_or_else(PoisonError::into_inner).take();
-            drop(taken);
+        let taken: Vec<Communicator> = self
+            .communicators
+            .iter()
+            .filter_map(|c| c.lock().unwrap_or_else(PoisonError::into_inner).take())
+            .collect();
+        if taken.is_empty() {
+            return;
+        }
+        // NCCL ends a communicator only when the graphs that it is recorded in are gone, and those
+        // may be this very thread's to let go of.
+        let ending = std::thread::Builder::new().name("nccl-end".into()).spawn(|| drop(taken));
+        if let Err(error) = ending {
+            tracing::error!(%error, "no thread to end NCCL's communicators");
         }
     }
 

@@ -139,6 +139,8 @@ impl Nccl {
 pub(crate) struct Communicator {
     nccl: Arc<Nccl>,
     handle: Handle,
+    /// Its context must live until the end of the communicator.
+    _device: Arc<Device>,
 }
 
 // SAFETY: NCCL's handles are not bound to a thread; one thread at a time uses this one.
@@ -176,8 +178,16 @@ impl Communicator {
             outcome.and(end)
         };
         // From here on the handles are owned, whatever the outcome.
-        let ends = handles.iter().copied().filter(|handle| !handle.is_null());
-        let ends: Vec<Self> = ends.map(|handle| Self { nccl: Arc::clone(&nccl), handle }).collect();
+        let ends: Vec<Self> = handles
+            .into_iter()
+            .zip(devices)
+            .filter(|(handle, _)| !handle.is_null())
+            .map(|(handle, device)| Self {
+                nccl: Arc::clone(&nccl),
+                handle,
+                _device: Arc::clone(device),
+            })
+            .collect();
         outcome?;
         let start = Instant::now();
         for end in &ends {

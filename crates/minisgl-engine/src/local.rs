@@ -209,8 +209,7 @@ impl LocalEngine {
     }
 
     /// Waits for the ranks' threads, but not for one that hangs: it ends with the process.
-    fn end_failed(&mut self) {
-        self.ranks.iter_mut().for_each(|rank| drop(rank.steps.take()));
+    fn leave_hanging(&mut self) {
         let deadline = Instant::now() + END_GRACE;
         for (index, rank) in self.ranks.iter_mut().enumerate() {
             while rank.is_running() && Instant::now() < deadline {
@@ -229,9 +228,11 @@ impl Drop for LocalEngine {
         for cell in self.adjustments.iter().filter_map(Weak::upgrade) {
             cell.abandon();
         }
+        // All ranks are told before one is waited for: a rank's end may wait for the others'.
+        self.ranks.iter_mut().for_each(|rank| drop(rank.steps.take()));
         let failed = self.failure.first().is_some();
         if failed {
-            self.end_failed();
+            self.leave_hanging();
         }
     }
 }

@@ -9,7 +9,7 @@ mod tiny_text;
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, channel};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use minisgl_cpu::{CpuBackend, CpuOptions, shared_memory_group};
@@ -80,7 +80,10 @@ impl Collective for Faulty {
     }
 }
 
-fn engine(tiny: &Tiny, faulty: usize, fault: Fault, hang: Receiver<()>) -> LocalEngine {
+fn engine(
+    tiny: &Tiny,
+    wrap: impl Fn(usize, Arc<dyn Collective>) -> Arc<dyn Collective>,
+) -> LocalEngine {
     let options = EngineOptions {
         precision: Precision::Exact,
         page_size: 1,
@@ -92,12 +95,10 @@ fn engine(tiny: &Tiny, faulty: usize, fault: Fault, hang: Receiver<()>) -> Local
         dummy_weights: false,
     };
     let cpu = CpuOptions { threads: Some(1), precision: Precision::Exact, ..CpuOptions::default() };
-    let mut ends = shared_memory_group(2, TIMEOUT);
-    // Two layers have five sums a step, and the head a gathering: this is in the eleventh step.
-    let (inner, meetings) = (Arc::clone(&ends[faulty]), AtomicUsize::new(0));
-    ends[faulty] = Arc::new(Faulty { inner, fault, at: 62, meetings, hang: Mutex::new(hang) });
+    let ends = shared_memory_group(2, TIMEOUT).into_iter().enumerate();
+    let ends = ends.map(|(rank, end)| wrap(rank, end));
     let backend = || Arc::new(CpuBackend::new(cpu.clone()).unwrap()) as Arc<dyn Backend>;
-    let ranks = ends.into_iter().map(|end| (backend(), end)).collect();
+    let ranks = ends.map(|end| (backend(), end)).collect();
     LocalEngine::new(Arc::new(Checkpoint::open(tiny.folder()).unwrap()), &options, ranks).unwrap()
 }
 
@@ -125,7 +126,16 @@ fn every_client_of_a_broken_rank_gets_an_error_in_time() {
     for fault in [Fault::Fails, Fault::Panics, Fault::Hangs] {
         for faulty in [0, 1] {
             let (let_go, hang) = channel();
-            let engine = engine(&tiny, faulty, fault, hang);
+            let hang = Mutex::new(Some(hang));
+            // Two layers have five sums a step, and the head a gathering: this is in the eleventh step.
+            let engine = engine(&tiny, |rank, inner| match rank == faulty {
+                false => inner,
+                true => {
+                    let hang = Mutex::new(hang.lock().unwrap().take().unwrap());
+                    let meetings = AtomicUsize::new(0);
+                    Arc::new(Faulty { inner, fault, at: 62, meetings, hang })
+                }
+            });
             let options = FrontendOptions::default();
             let started = Instant::now();
             let frontend = Frontend::start(engine, tiny_text::text_model(), options).unwrap();
@@ -151,4 +161,52 @@ fn every_client_of_a_broken_rank_gets_an_error_in_time() {
             drop(let_go);
         }
     }
+}
+
+/// One end of a group that ends only when the others do, as NCCL's may.
+struct EndsTogether {
+    inner: Arc<dyn Collective>,
+    ending: Arc<(Mutex<usize>, Condvar)>,
+    alone: Arc<AtomicUsize>,
+}
+
+impl Collective for EndsTogether {
+    fn rank(&self) -> usize {
+        self.inner.rank()
+    }
+
+    fn size(&self) -> usize {
+        self.inner.size()
+    }
+
+    fn all_reduce(&self, tensor: &Tensor) -> Result<(), BackendError> {
+        self.inner.all_reduce(tensor)
+    }
+
+    fn all_gather_cols(&self, part: &Tensor, out: &Tensor) -> Result<(), BackendError> {
+        self.inner.all_gather_cols(part, out)
+    }
+}
+
+impl Drop for EndsTogether {
+    fn drop(&mut self) {
+        let (count, changed) = &*self.ending;
+        let mut count = count.lock().unwrap();
+        *count += 1;
+        changed.notify_all();
+        let waited = changed.wait_timeout_while(count, SLACK, |count| *count < 2).unwrap().1;
+        self.alone.fetch_add(usize::from(waited.timed_out()), Ordering::SeqCst);
+    }
+}
+
+#[test]
+fn ranks_may_wait_for_each_others_end() {
+    let tiny = Tiny::load("qwen3");
+    let (ending, alone) =
+        (Arc::new((Mutex::new(0), Condvar::new())), Arc::new(AtomicUsize::new(0)));
+    let engine = engine(&tiny, |_, inner| {
+        Arc::new(EndsTogether { inner, ending: Arc::clone(&ending), alone: Arc::clone(&alone) })
+    });
+    drop(engine);
+    assert_eq!((*ending.0.lock().unwrap(), alone.load(Ordering::SeqCst)), (2, 0));
 }
