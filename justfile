@@ -53,3 +53,7 @@ gpu-test *flags: gpu-build
 # Start, steps, offline and online loads on a GPU: `just gpu-bench --tokenizer FOLDER`
 gpu-bench *flags: gpu-build
     scripts/gpu.py bench {{flags}}
+
+# Mixed traffic on one server for some minutes: pages must add up, and memory must not grow.
+soak minutes="20":
+    scripts/soak.sh {{minutes}}

@@ -73,6 +73,16 @@ class Server:
         assert values, f"no metric {name}"
         return sum(float(value) for _, value in values)
 
+    def pages(self):
+        """Pages of the KV cache that are free, that only the cache holds, and that there are."""
+        names = ["_free", "_cached", ""]
+        return tuple(int(self.metric(f"minisgl_kv_pages{name}")) for name in names)
+
+    def resident_mib(self):
+        """The process's memory; Linux."""
+        status = pathlib.Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024
+
     def wait_until_idle(self, timeout_s=10):
         """Waits until no request runs or waits: what a client has left must not stay."""
         end = time.monotonic() + timeout_s

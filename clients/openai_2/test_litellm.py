@@ -84,18 +84,14 @@ def test_text_completion(options, minisgl):
     assert answer.choices[0].text.startswith(" west")
 
 
-class Sea(pydantic.BaseModel):
+class Sea(pydantic.BaseModel, extra="forbid"):
     is_salty: bool
 
 
-def test_tools_and_structured_output(options):
-    ask = dict(**options, messages=MESSAGES, temperature=0, max_tokens=100)
-    tool = {"type": "function", "function": {"name": "sea", "parameters": Sea.model_json_schema()}}
-    answer = litellm.completion(**ask, tools=[tool], tool_choice="required")
-    [call] = answer.choices[0].message.tool_calls
-    assert answer.choices[0].finish_reason == "tool_calls" and call.function.name == "sea"
-    Sea.model_validate_json(call.function.arguments)
-    answer = litellm.completion(**ask, response_format=Sea)
+def test_structured_output(options):
+    answer = litellm.completion(
+        **options, messages=MESSAGES, temperature=0, max_tokens=100, response_format=Sea
+    )
     Sea.model_validate_json(answer.choices[0].message.content)
 
 

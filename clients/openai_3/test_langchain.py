@@ -84,13 +84,14 @@ def test_completions(options):
     assert result.llm_output["token_usage"]["completion_tokens"] == 8
 
 
-class Sea(pydantic.BaseModel):
+class Sea(pydantic.BaseModel, extra="forbid"):
     """A sea."""
 
     is_salty: bool
 
 
-def test_tools_and_structured_output(chat):
+def test_tools_and_structured_output(options):
+    chat = ChatOpenAI(**options, max_tokens=200)
     call = chat.bind_tools([Sea], tool_choice="any").invoke("Is the sea salty?").tool_calls[0]
     assert call["name"] == "Sea" and isinstance(call["args"]["is_salty"], bool)
     for method in ["json_schema", "function_calling"]:

@@ -140,14 +140,18 @@ def test_the_real_model_answers_in_the_form_of_a_class(client, stream):
 
 def test_the_real_model_follows_other_forms(client):
     def ask(**fields):
-        messages = [{"role": "user", "content": "Give me a JSON object with the key answer."}]
         answer = client.chat.completions.create(
-            model=MODEL, messages=messages, temperature=0, max_tokens=400, **fields
+            model=MODEL, messages=QUESTION, temperature=0, max_tokens=32, **fields
         )
         assert answer.choices[0].finish_reason == "stop", answer
         return answer.choices[0].message.content
 
-    assert isinstance(json.loads(ask(response_format={"type": "json_object"})), dict)
+    # The model's own objects are long: this one would close braces only, and may close one.
+    [brace] = client.with_options(base_url=str(client.base_url).removesuffix("v1/")).post(
+        "/tokenize", cast_to=object, body={"prompt": "}", "add_special_tokens": False}
+    )["tokens"]
+    form = {"type": "json_object"}
+    assert ask(response_format=form, logit_bias={str(brace): 100}) == "{}"
     assert ask(extra_body={"regex": "(yes|no), [0-9]{3}"})[-5:-3] == ", "
     grammar = 'start: "sea: " NAME\nNAME: /[A-Z][a-z]{2,8}/'
     assert ask(extra_body={"grammar": grammar}).startswith("sea: ")

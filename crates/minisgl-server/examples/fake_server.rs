@@ -22,7 +22,7 @@ struct Args {
     #[arg(long, default_value_t = 1919)]
     port: u16,
 
-    /// What every prompt is answered with
+    /// What every prompt is answered with; where that is nothing, with `a` for ever
     #[arg(long, default_value = "Hello! How can I help you?")]
     answer: String,
 
@@ -59,8 +59,9 @@ async fn main() -> Result<()> {
         engine.next_token = NextToken::Position;
     } else {
         engine.limits.vocab_size = tiny::VOCAB_SIZE;
-        let answer = args.answer.bytes().map(u32::from).collect();
-        engine.next_token = NextToken::script(answer, tiny::EOS);
+        let answer: Vec<u32> = args.answer.bytes().map(u32::from).collect();
+        let end = if answer.is_empty() { u32::from(b'a') } else { tiny::EOS };
+        engine.next_token = NextToken::script(answer, end);
     }
     let text = args.template.as_deref().map_or_else(tiny::text_model, tiny::with_template);
     let mut options = FrontendOptions::default();

@@ -80,6 +80,7 @@ impl ServeArgs {
             return ShellArgs::with(self.runtime).run();
         }
         let started = Instant::now();
+        allow_files();
         // A port in use shows before the model is loaded; nobody can connect until it is.
         let socket = self.bind()?;
         let mut scheduler = scheduler_options(&self.runtime)?;
@@ -144,6 +145,17 @@ fn bind(address: SocketAddr) -> std::io::Result<TcpSocket> {
     socket.set_reuseaddr(true)?;
     socket.bind(address)?;
     Ok(socket)
+}
+
+/// A connection is a file, and shells allow few of them for want of knowing better.
+fn allow_files() {
+    #[cfg(unix)]
+    {
+        use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+        let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+        // Where that is not granted, connections wait for their turn sooner.
+        let _ = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum });
+    }
 }
 
 fn seconds(text: &str) -> Result<Duration, String> {
