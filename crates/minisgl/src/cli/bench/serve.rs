@@ -1,5 +1,6 @@
 //! `minisgl bench serve`
 
+use std::convert::Infallible;
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -8,6 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::{Args, ValueEnum};
+use indicatif::ProgressBar;
 use minisgl::bench::load::{
     Arrivals, Client, Endpoint, LoadOptions, LoadProgress, LoadRequest, Summary, Synthetic,
     from_lines, html, read_trace, run_load,
@@ -136,9 +138,13 @@ impl LoadArgs {
                 seed: self.seed,
             };
             let progress = Arc::new(LoadProgress::default());
-            let watched = tokio::spawn(watch(Arc::clone(&progress), requests.len() as u64));
-            let records = run_load(client, requests, options, progress).await;
-            watched.abort();
+            let bar = progress_bar(requests.len() as u64);
+            let records = tokio::select! {
+                records = run_load(client, requests, options, Arc::clone(&progress)) => records,
+                never = watch(&bar, &progress) => match never {},
+            };
+            // The table is not to follow it on the same line.
+            bar.finish_and_clear();
             records
         })?;
         let summary = Summary::of(&records);
@@ -193,9 +199,9 @@ impl LoadArgs {
     }
 }
 
-/// Shows how far the load is.
-async fn watch(progress: Arc<LoadProgress>, requests: u64) {
-    let (bar, mut before) = (progress_bar(requests), 0);
+/// Shows how far the load is, until it is dropped.
+async fn watch(bar: &ProgressBar, progress: &LoadProgress) -> Infallible {
+    let mut before = 0;
     loop {
         tokio::time::sleep(Duration::from_millis(500)).await;
         let chunks = progress.chunks.load(Relaxed);
