@@ -3,7 +3,7 @@
 
 use std::ops::Deref;
 
-use axum::body::Body;
+use axum::body::{Body, HttpBody};
 use axum::extract::Request;
 use axum::http::{HeaderMap, StatusCode, header};
 use http_body_util::BodyExt;
@@ -39,8 +39,8 @@ impl Deref for Received {
 pub async fn read(request: Request, app: &App) -> Result<Received, ApiError> {
     check_content_type(request.headers())?;
     let limit = app.options.body_bytes_max;
-    let length = request.headers().get(header::CONTENT_LENGTH);
-    let length = length.and_then(|length| length.to_str().ok()?.parse::<usize>().ok());
+    // Not from the header, which counts for nothing where the body comes in chunks.
+    let length = request.body().size_hint().upper().map(|length| length as usize);
     let length_max = length.unwrap_or(limit);
     if length_max > limit {
         return Err(too_large(limit));

@@ -410,6 +410,15 @@ fn large_bodies_take_turns_and_small_ones_do_not_wait() {
         .collect();
     assert_eq!(server.post(TEXT, &large).status, 200);
     drop(announced);
+    // A length that is too small for the chunks behind it is no length.
+    let both = format!(
+        "POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: 10\r\n\
+         transfer-encoding: chunked\r\n\r\n{:x}\r\n{large}\r\n0\r\n\r\n",
+        large.len()
+    );
+    let answer = server.raw(both.as_bytes());
+    assert!([200, 400].contains(&answer.status), "{answer:?}");
+    serves(&server);
 
     let first = half_a_body(&server);
     std::thread::sleep(Duration::from_millis(100));
