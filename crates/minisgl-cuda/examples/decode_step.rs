@@ -1,5 +1,6 @@
 //! Times a whole decode step and a prefill step, operation by operation as the engine calls them,
-//! of Qwen3-0.6B's and Qwen3-14B's shapes on random weights: `decode_step [0.6b] [14b] [BATCH ...]`.
+//! of Qwen3-0.6B's and Qwen3-14B's shapes on random weights: `decode_step [0.6b] [14b]
+//! [BATCH ...] [narrow]`; `narrow` switches `kernels/narrow.cu` on.
 #![expect(clippy::print_stdout, reason = "this program's output is its table")]
 
 use std::sync::Arc;
@@ -82,6 +83,7 @@ struct Step {
 fn main() -> Result<()> {
     let started = Instant::now();
     let b = CudaBackend::new(CudaOptions { device: 0, precision: Precision::Native })?;
+    b.set_products_by_library(!std::env::args().any(|arg| arg == "narrow"));
     println!("{}: backend ready in {:.2} s", b.name(), started.elapsed().as_secs_f64());
     let wanted: Vec<String> = std::env::args().skip(1).collect();
     let mut batches: Vec<usize> = wanted.iter().filter_map(|w| w.parse().ok()).collect();

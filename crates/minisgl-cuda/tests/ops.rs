@@ -185,50 +185,51 @@ fn linear_and_norms() {
             (57, 17936, 136),
             (64, 1024, 3072),
         ] {
-            let (x, xt) = r.tensor(&[m, k]);
-            let (w, wt) = r.weight(n, k);
-            let (bias, bt) = r.vector(n);
-            let (nw, nt) = r.vector(k);
-            let norm = Norm { weight: nt, eps: 1e-6, plus_one: false };
-            let what = format!("{m}x{n}x{k}");
-            let plain = matmul(&x, &w, m, n, k);
-            let out = r.out(&[m, n]);
-            let args =
-                Linear { x: &xt, norm: None, weight: &wt, bias: Some(&bt), store: Store::Set };
-            r.b.linear(&args, &out).unwrap();
-            let with_bias: Vec<f64> =
-                plain.iter().enumerate().map(|(i, v)| v + bias[i % n]).collect();
-            r.close(&format!("bias {what}"), &r.get(&out), &with_bias);
-            // Adding, with a norm, into f32 and into the activations' type.
-            let (before, out) = r.tensor(&[m, n]);
-            let xn = normed(&x, &nw, k, 1e-6);
-            let product = matmul(&xn, &w, m, n, k);
-            let sum: Vec<f64> = product.iter().zip(&before).map(|(a, b)| a + b).collect();
-            r.b.linear(&Linear { norm: Some(&norm), bias: None, store: Store::Add, ..args }, &out)
-                .unwrap();
-            r.close(&format!("norm add {what}"), &r.get(&out), &sum);
-            let out = r.poison(DType::F32, &[m, n]);
-            r.b.linear(&Linear { norm: Some(&norm), bias: None, ..args }, &out).unwrap();
-            r.close(&format!("logits {what}"), &r.get(&out), &product);
-            let out = r.out(&[m, k]);
-            r.b.rms_norm(&xt, &norm, &out).unwrap();
-            r.close(&format!("norm {what}"), &r.get(&out), &xn);
-            let out = r.out(&[m, n / 2]);
-            r.b.gated_linear(
-                &Linear { norm: Some(&norm), bias: None, ..args },
-                Activation::Silu,
-                &out,
-            )
-            .unwrap();
-            let gated: Vec<f64> = (0..m * n / 2)
-                .map(|i| {
-                    let (row, col) = (i / (n / 2), i % (n / 2));
-                    silu(product[row * n + col]) * product[row * n + n / 2 + col]
-                })
-                .collect();
-            r.close(&format!("gated {what}"), &r.get(&out), &gated);
+            // Products that two kernels can take are taken by both.
+            for by_library in if (17..=64).contains(&m) { vec![false, true] } else { vec![true] } {
+                r.b.set_products_by_library(by_library);
+                linear_case(&mut r, m, n, k);
+            }
         }
     }
+}
+
+fn linear_case(r: &mut Rig, m: usize, n: usize, k: usize) {
+    let (x, xt) = r.tensor(&[m, k]);
+    let (w, wt) = r.weight(n, k);
+    let (bias, bt) = r.vector(n);
+    let (nw, nt) = r.vector(k);
+    let norm = Norm { weight: nt, eps: 1e-6, plus_one: false };
+    let what = format!("{m}x{n}x{k} {:?}", r.b.activation_dtype());
+    let plain = matmul(&x, &w, m, n, k);
+    let out = r.out(&[m, n]);
+    let args = Linear { x: &xt, norm: None, weight: &wt, bias: Some(&bt), store: Store::Set };
+    r.b.linear(&args, &out).unwrap();
+    let with_bias: Vec<f64> = plain.iter().enumerate().map(|(i, v)| v + bias[i % n]).collect();
+    r.close(&format!("bias {what}"), &r.get(&out), &with_bias);
+    // Adding, with a norm, into f32 and into the activations' type.
+    let (before, out) = r.tensor(&[m, n]);
+    let xn = normed(&x, &nw, k, 1e-6);
+    let product = matmul(&xn, &w, m, n, k);
+    let sum: Vec<f64> = product.iter().zip(&before).map(|(a, b)| a + b).collect();
+    r.b.linear(&Linear { norm: Some(&norm), bias: None, store: Store::Add, ..args }, &out).unwrap();
+    r.close(&format!("norm add {what}"), &r.get(&out), &sum);
+    let out = r.poison(DType::F32, &[m, n]);
+    r.b.linear(&Linear { norm: Some(&norm), bias: None, ..args }, &out).unwrap();
+    r.close(&format!("logits {what}"), &r.get(&out), &product);
+    let out = r.out(&[m, k]);
+    r.b.rms_norm(&xt, &norm, &out).unwrap();
+    r.close(&format!("norm {what}"), &r.get(&out), &xn);
+    let out = r.out(&[m, n / 2]);
+    r.b.gated_linear(&Linear { norm: Some(&norm), bias: None, ..args }, Activation::Silu, &out)
+        .unwrap();
+    let gated: Vec<f64> = (0..m * n / 2)
+        .map(|i| {
+            let (row, col) = (i / (n / 2), i % (n / 2));
+            silu(product[row * n + col]) * product[row * n + n / 2 + col]
+        })
+        .collect();
+    r.close(&format!("gated {what}"), &r.get(&out), &gated);
 }
 
 #[test]
