@@ -79,7 +79,8 @@ impl Frontend {
         let shared = Arc::new(Shared::default());
         let (commands, commands_received) = mpsc::channel();
         let (sender, outputs) = mpsc::sync_channel(COMMITS_WAITING_MAX);
-        let text_thread = TextThread::new(outputs, commands.clone(), Arc::clone(&shared));
+        let observer = options.scheduler.observer.clone();
+        let text_thread = TextThread::new(outputs, commands.clone(), Arc::clone(&shared), observer);
 
         let in_flight_max = limits.slots.saturating_add(options.scheduler.waiting_max);
         let (stats_sender, stats) = mpsc::channel();

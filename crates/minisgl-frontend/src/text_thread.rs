@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use minisgl_scheduler::message::{Command, FinishReason, Output, RequestId};
+use minisgl_scheduler::stats::StepObserver;
 
 use crate::choice::ChoiceText;
 use crate::frontend::Shared;
@@ -17,6 +18,7 @@ pub(crate) struct TextThread {
     commands: Sender<Command>,
     shared: Arc<Shared>,
     choices: HashMap<RequestId, ChoiceText>,
+    observer: Option<Arc<dyn StepObserver>>,
 }
 
 /// Choices on their way to the text thread. Each is here before the scheduler hears of it, so the
@@ -55,17 +57,22 @@ impl TextThread {
         outputs: Receiver<Vec<Output>>,
         commands: Sender<Command>,
         shared: Arc<Shared>,
+        observer: Option<Arc<dyn StepObserver>>,
     ) -> Self {
-        Self { outputs, commands, shared, choices: HashMap::new() }
+        Self { outputs, commands, shared, choices: HashMap::new(), observer }
     }
 
     /// Works until the scheduler is gone, then answers whoever still waits.
     pub(crate) fn run(mut self) {
         while let Ok(outputs) = self.outputs.recv() {
             let now = Instant::now();
+            let tokens = outputs.len();
             self.choices.extend(self.shared.arrivals.take());
             for output in outputs {
                 self.take(output, now);
+            }
+            if let Some(observer) = &self.observer {
+                observer.text(now, now.elapsed(), tokens);
             }
         }
         self.choices.extend(self.shared.arrivals.close());

@@ -5,7 +5,7 @@
 
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use minisgl_scheduler::engine::EngineLimits;
 use minisgl_scheduler::fake::{FakeEngine, FakeOptions, NextToken};
@@ -26,6 +26,8 @@ impl StepObserver for Recorder {
             self.0.lock().expect("nobody panics with this lock").push((times.plan, times.commit));
         }
     }
+
+    fn text(&self, _: Instant, _: Duration, _: usize) {}
 }
 
 fn measure(page_size: usize) -> Vec<(Duration, Duration)> {

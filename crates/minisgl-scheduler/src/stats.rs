@@ -94,8 +94,10 @@ pub struct StepTimes {
     pub commit: Duration,
 }
 
-/// Told of every step behind its commit, on the scheduler's thread: traces and histograms.
+/// Told of what threads spend their time on: traces and histograms. Must not block.
 pub trait StepObserver: Send + Sync {
-    /// One step's times. Must not block.
+    /// One step's times, behind its commit, on the scheduler's thread.
     fn step(&self, times: &StepTimes);
+    /// `tokens` tokens of one commit became text from `began` on in `took`, on the text thread.
+    fn text(&self, began: Instant, took: Duration, tokens: usize);
 }

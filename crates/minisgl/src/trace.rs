@@ -10,9 +10,14 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use minisgl_scheduler::stats::{StepObserver, StepTimes};
 
-/// Takes the times of steps, and has a thread of its own write them.
+/// Takes the times of steps and of their text, and has a thread of its own write them.
 pub struct Trace {
-    steps: Sender<StepTimes>,
+    spans: Sender<Spans>,
+}
+
+enum Spans {
+    Step(StepTimes),
+    Text { began: Instant, took: Duration, tokens: usize },
 }
 
 impl Trace {
@@ -29,21 +34,25 @@ impl Trace {
             engine_free: Duration::ZERO,
         };
         writer.begin().with_context(name)?;
-        let (steps, received) = channel();
+        let (spans, received) = channel();
         let run = move || {
             if let Err(error) = writer.run(&received) {
                 tracing::error!("the trace ends here: {error}");
             }
         };
         thread::Builder::new().name("trace".into()).spawn(run).context("starting a thread")?;
-        Ok(Self { steps })
+        Ok(Self { spans })
     }
 }
 
 impl StepObserver for Trace {
     fn step(&self, times: &StepTimes) {
         // A trace that cannot be written has said so.
-        let _ = self.steps.send(*times);
+        let _ = self.spans.send(Spans::Step(*times));
+    }
+
+    fn text(&self, began: Instant, took: Duration, tokens: usize) {
+        let _ = self.spans.send(Spans::Text { began, took, tokens });
     }
 }
 
@@ -57,11 +66,12 @@ struct Writer {
 /// Rows of the timeline.
 const SCHEDULER: u32 = 1;
 const ENGINE: u32 = 2;
+const TEXT: u32 = 3;
 
 impl Writer {
     fn begin(&mut self) -> std::io::Result<()> {
         self.file.write_all(b"[")?;
-        for (row, name) in [(SCHEDULER, "scheduler"), (ENGINE, "engine")] {
+        for (row, name) in [(SCHEDULER, "scheduler"), (ENGINE, "engine"), (TEXT, "text")] {
             writeln!(
                 self.file,
                 r#"{{"ph":"M","pid":1,"tid":{row},"name":"thread_name","args":{{"name":"{name}"}}}},"#
@@ -70,30 +80,43 @@ impl Writer {
         self.file.flush()
     }
 
-    fn run(mut self, steps: &Receiver<StepTimes>) -> std::io::Result<()> {
-        while let Ok(step) = steps.recv() {
-            self.step(&step)?;
-            for step in steps.try_iter() {
-                self.step(&step)?;
+    fn run(mut self, received: &Receiver<Spans>) -> std::io::Result<()> {
+        while let Ok(spans) = received.recv() {
+            self.spans(&spans)?;
+            for spans in received.try_iter() {
+                self.spans(&spans)?;
             }
             self.file.flush()?;
         }
         Ok(())
     }
 
+    fn spans(&mut self, spans: &Spans) -> std::io::Result<()> {
+        match spans {
+            Spans::Step(times) => self.step(times),
+            Spans::Text { began, took, tokens } => {
+                let began = began.saturating_duration_since(self.began);
+                let args = format!(r#"{{"tokens":{tokens}}}"#);
+                self.span(TEXT, "detokenize", began, *took, &args)
+            }
+        }
+    }
+
     fn step(&mut self, times: &StepTimes) -> std::io::Result<()> {
         let planned = times.planned_at.saturating_duration_since(self.began);
         let waited = times.waited_at.saturating_duration_since(self.began);
         let (launched, finished) = (planned + times.plan, waited + times.wait);
-        self.span(SCHEDULER, "plan", planned, times.plan, times)?;
-        self.span(SCHEDULER, "launch", launched, times.launch, times)?;
-        self.span(SCHEDULER, "wait", waited, times.wait, times)?;
-        self.span(SCHEDULER, "commit", finished, times.commit, times)?;
+        let StepTimes { step, rows, tokens, .. } = times;
+        let args = format!(r#"{{"step":{step},"rows":{rows},"tokens":{tokens}}}"#);
+        self.span(SCHEDULER, "plan", planned, times.plan, &args)?;
+        self.span(SCHEDULER, "launch", launched, times.launch, &args)?;
+        self.span(SCHEDULER, "wait", waited, times.wait, &args)?;
+        self.span(SCHEDULER, "commit", finished, times.commit, &args)?;
         // As the host sees it: a step begins when it was launched and the one before is done.
         let began = (launched + times.launch).max(self.engine_free).min(finished);
         self.engine_free = finished;
         let name = if times.tokens == times.rows { "decode" } else { "prefill" };
-        self.span(ENGINE, name, began, finished - began, times)
+        self.span(ENGINE, name, began, finished - began, &args)
     }
 
     fn span(
@@ -102,12 +125,12 @@ impl Writer {
         name: &str,
         begin: Duration,
         length: Duration,
-        StepTimes { step, rows, tokens, .. }: &StepTimes,
+        args: &str,
     ) -> std::io::Result<()> {
         let (begin, length) = (begin.as_secs_f64() * 1e6, length.as_secs_f64() * 1e6);
         writeln!(
             self.file,
-            r#"{{"ph":"X","pid":1,"tid":{row},"name":"{name}","ts":{begin:.1},"dur":{length:.1},"args":{{"step":{step},"rows":{rows},"tokens":{tokens}}}}},"#
+            r#"{{"ph":"X","pid":1,"tid":{row},"name":"{name}","ts":{begin:.1},"dur":{length:.1},"args":{args}}},"#
         )
     }
 }
@@ -133,17 +156,19 @@ mod tests {
             wait: ms(4),
             commit: ms(5),
         });
+        trace.text(now + ms(12), ms(6), 2);
         let read = || std::fs::read_to_string(&path).unwrap();
         let waited = Instant::now();
-        while read().lines().count() < 7 && waited.elapsed() < Duration::from_secs(10) {
+        while read().lines().count() < 9 && waited.elapsed() < Duration::from_secs(10) {
             thread::sleep(ms(5));
         }
         let text = read();
         std::fs::remove_file(&path).unwrap();
         let json = format!("{}]", text.trim_end().trim_end_matches(','));
         let events: Vec<serde_json::Value> = serde_json::from_str(&json).unwrap();
-        let names: Vec<&str> = events[2..].iter().map(|e| e["name"].as_str().unwrap()).collect();
-        assert_eq!(names, ["plan", "launch", "wait", "commit", "prefill"]);
-        assert_eq!(events[6]["dur"], 4000.0);
+        let names: Vec<&str> = events[3..].iter().map(|e| e["name"].as_str().unwrap()).collect();
+        assert_eq!(names, ["plan", "launch", "wait", "commit", "prefill", "detokenize"]);
+        assert_eq!(events[7]["dur"], 4000.0);
+        assert_eq!((&events[8]["dur"], &events[8]["args"]["tokens"]), (&6000.0.into(), &2.into()));
     }
 }
