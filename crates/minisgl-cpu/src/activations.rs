@@ -1,65 +1,86 @@
 //! Activations on their way into a product: normed, and rounded to 8 bits once for all the
 //! matrices that read them.
 
+use half::bf16;
 use minisgl_tensor::Norm;
 
 use crate::backend::Machine;
-use crate::kernels::{Quantized, Rows};
+use crate::kernels::{Half, PANEL, Quantized, Rows};
 use crate::matrix::{Needs, Vector};
 use crate::memory::Shared;
-use crate::simd::{Kernel, LANES, Simd};
+use crate::simd::{Kernel, LANES, Simd, array};
 
 /// Where prepared rows lie until the next operation; grows to the largest and stays.
 #[derive(Default)]
 pub struct Prepared {
     floats: Vec<f32>,
     blocks: Vec<Quantized>,
+    halves: Vec<Half>,
+}
+
+/// What is to be prepared: rows of `x [.., cols]`, all or those of `order`, where a number beyond
+/// the last row leaves a place empty.
+#[derive(Clone, Copy)]
+pub struct Input<'a> {
+    pub x: &'a [f32],
+    pub cols: usize,
+    pub norm: Option<&'a Norm>,
+    pub order: Option<&'a [u32]>,
 }
 
 impl Prepared {
-    /// The rows of `x [rows, cols]` as `needs` says.
-    pub fn prepare<'a>(
-        &'a mut self,
-        on: &Machine,
-        x: &'a [f32],
-        cols: usize,
-        norm: Option<&Norm>,
-        needs: Needs,
-    ) -> Rows<'a> {
-        let rows = x.len() / cols;
-        let across = if needs.blocks { cols / 32 } else { 0 };
-        if self.floats.len() < x.len() && norm.is_some() {
-            self.floats.resize(x.len(), 0.0);
+    /// The rows of `input` as `needs` says.
+    pub fn prepare<'a>(&'a mut self, on: &Machine, input: Input<'a>, needs: Needs) -> Rows<'a> {
+        let Input { x, cols, norm, order } = input;
+        let count = order.map_or(x.len() / cols, <[u32]>::len);
+        let panels = count.div_ceil(PANEL);
+        let blocks = if needs.blocks { cols / 32 } else { 0 };
+        let halves = if needs.halves { 2 * cols.div_ceil(32) } else { 0 };
+        let copied = norm.is_some() || order.is_some();
+        if copied && self.floats.len() < count * cols {
+            self.floats.resize(count * cols, 0.0);
         }
-        if self.blocks.len() < rows * across {
-            self.blocks.resize(rows * across, bytemuck::Zeroable::zeroed());
+        if self.blocks.len() < panels * blocks {
+            self.blocks.resize(panels * blocks, bytemuck::Zeroable::zeroed());
+        }
+        if self.halves.len() < panels * halves {
+            self.halves.resize(panels * halves, bytemuck::Zeroable::zeroed());
         }
         let floats = Shared::of_slice(&mut self.floats);
-        let blocks = Shared::of_slice(&mut self.blocks);
-        if norm.is_some() || needs.blocks {
-            on.pool.run(rows, &|_, row| {
-                let x = &x[row * cols..][..cols];
-                // SAFETY: each row is its own item.
-                let blocks = unsafe { blocks.part(row * across, across) };
-                if let Some(norm) = norm {
+        let all_blocks = Shared::of_slice(&mut self.blocks);
+        let all_halves = Shared::of_slice(&mut self.halves);
+        if copied || needs.blocks || needs.halves {
+            on.pool.run(panels, &|_, panel| {
+                let rows = panel * PANEL..count.min((panel + 1) * PANEL);
+                // SAFETY: each panel is its own item.
+                let (blocks, halves) = unsafe {
+                    (
+                        all_blocks.part(panel * blocks, blocks),
+                        all_halves.part(panel * halves, halves),
+                    )
+                };
+                for (lane, place) in rows.enumerate() {
+                    let row = order.map_or(place, |order| order[place] as usize);
+                    let Some(x) = x.get(row * cols..).and_then(|x| x.get(..cols)) else { continue };
                     // SAFETY: as above.
-                    let floats = unsafe { floats.part(row * cols, cols) };
-                    on.isa.run(PrepareRow { x, norm, floats, blocks });
-                } else {
-                    on.isa.run(Quantize { x, blocks });
+                    let copy = copied.then(|| unsafe { floats.part(place * cols, cols) });
+                    on.isa.run(PrepareRow { x, norm, copy, lane, blocks, halves });
                 }
             });
         }
-        let floats = if norm.is_some() { &self.floats[..x.len()] } else { x };
-        Rows { cols, floats, blocks: &self.blocks[..rows * across] }
+        let floats = if copied { &self.floats[..count * cols] } else { x };
+        let (blocks, halves) = (panels * blocks, panels * halves);
+        Rows { cols, floats, blocks: &self.blocks[..blocks], halves: &self.halves[..halves] }
     }
 }
 
 struct PrepareRow<'a> {
     x: &'a [f32],
-    norm: &'a Norm,
-    floats: &'a mut [f32],
+    norm: Option<&'a Norm>,
+    copy: Option<&'a mut [f32]>,
+    lane: usize,
     blocks: &'a mut [Quantized],
+    halves: &'a mut [Half],
 }
 
 impl Kernel for PrepareRow<'_> {
@@ -67,9 +88,18 @@ impl Kernel for PrepareRow<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        self.floats.copy_from_slice(self.x);
-        NormRow { x: self.floats, norm: self.norm }.run(s);
-        Quantize { x: self.floats, blocks: self.blocks }.run(s);
+        let mut x = self.x;
+        if let Some(copy) = self.copy {
+            copy.copy_from_slice(x);
+            if let Some(norm) = self.norm {
+                NormRow { x: copy, norm }.run(s);
+            }
+            x = copy;
+        }
+        for (x, block) in x.as_chunks().0.iter().zip(self.blocks) {
+            quantize(s, x, self.lane, block);
+        }
+        split(x, self.lane, self.halves);
     }
 }
 
@@ -99,38 +129,40 @@ impl Kernel for NormRow<'_> {
     }
 }
 
-struct Quantize<'a> {
-    x: &'a [f32],
-    blocks: &'a mut [Quantized],
+#[inline(always)]
+fn quantize<S: Simd>(s: S, x: &[f32; 32], lane: usize, block: &mut Quantized) {
+    let halves = x.as_chunks::<LANES>().0;
+    let x = array!(2, s.splat(0.0), |i| s.load(&halves[i]));
+    let sizes = array!(2, x[0], |i| s.max(x[i], s.mul(x[i], s.splat(-1.0))));
+    let most = s.highest(s.max(sizes[0], sizes[1]));
+    let factor = if most > 1e-30 { 127.0 / most } else { 0.0 };
+    let codes = array!(2, x[0], |i| s.round(s.mul(x[i], s.splat(factor))));
+    for (codes, out) in codes.into_iter().zip(block.codes[lane].as_chunks_mut().0) {
+        s.store_i8(codes, out);
+    }
+    // Sums of so few and small integers are exact.
+    let sums = array!(2, 0.0, |i| s.sum(codes[i]));
+    let (d, total) = (most / 127.0, sums[0] + sums[1]);
+    block.d[lane] = d;
+    block.sum[lane] = d * total;
+    for (shifted, sum) in block.shifted.iter_mut().zip([sums[0], sums[1], total]) {
+        shifted[lane] = -128 * sum as i32;
+    }
 }
 
-impl Kernel for Quantize<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<S: Simd>(self, _: S) {
-        for (x, block) in self.x.as_chunks::<32>().0.iter().zip(self.blocks) {
-            // Lanes first, so that the maximum is one of vectors.
-            let mut most = [0f32; 8];
-            for x in x.as_chunks::<8>().0 {
-                for (most, x) in most.iter_mut().zip(x) {
-                    *most = most.max(x.abs());
-                }
-            }
-            let most = most.into_iter().fold(0f32, f32::max);
-            let factor = if most > 1e-30 { 127.0 / most } else { 0.0 };
-            /// Adding it rounds to the nearest integer, which is then in the low bits.
-            const ROUND: f32 = 12_582_912.0;
-            let mut codes = [0i32; 32];
-            for (code, x) in codes.iter_mut().zip(x) {
-                *code = (x * factor + ROUND).to_bits().wrapping_sub(ROUND.to_bits()) as i32;
-            }
-            let total: i32 = codes.iter().sum();
-            for (out, code) in block.codes.iter_mut().zip(codes) {
-                *out = code as i8;
-            }
-            block.d = most / 127.0;
-            block.sum = block.d * total as f32;
+/// Puts a row of a panel as bf16, the upper halves of all elements before what these leave, so that
+/// 16 bits of each are multiplied. Zeros behind the end of `x`.
+#[inline(always)]
+pub fn split(x: &[f32], lane: usize, panel: &mut [Half]) {
+    let (upper, rest) = panel.split_at_mut(panel.len() / 2);
+    for ((x, upper), rest) in x.chunks(32).zip(upper).zip(rest) {
+        let mut all = [0f32; 32];
+        all[..x.len()].copy_from_slice(x);
+        for ((x, upper), rest) in all.iter().zip(&mut upper.0[lane]).zip(&mut rest.0[lane]) {
+            let bits = x.to_bits() & 0xffff_0000;
+            *upper = bf16::from_bits((bits >> 16) as u16);
+            let left = (x - f32::from_bits(bits)).to_bits();
+            *rest = bf16::from_bits((left.wrapping_add(0x7fff + (left >> 16 & 1)) >> 16) as u16);
         }
     }
 }

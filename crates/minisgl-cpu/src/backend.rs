@@ -9,13 +9,13 @@ use minisgl_tensor::{
     Store, Tensor, Weight,
 };
 
-use crate::activations::{NormRow, Prepared};
+use crate::activations::{Input, NormRow, Prepared};
 use crate::cores::{physical_cores, stay_on};
 use crate::kernels::Rows;
-use crate::matrix::{self, Experts, Matrix, Needs, Vector};
+use crate::matrix::{self, Experts, Matrix, Vector};
 use crate::memory::{self, Arena, Shared, view};
 use crate::pool::{PerThread, Pool};
-use crate::simd::{Isa, IsaChoice, Kernel, LANES, Simd, math};
+use crate::simd::{Isa, IsaChoice, Kernel, LANES, Simd};
 use crate::{attention, moe, rope, sample};
 
 /// How a CPU backend is made.
@@ -54,6 +54,8 @@ pub struct CpuBackend {
 pub struct Machine {
     pub pool: Pool,
     pub isa: Isa,
+    /// What products are computed in.
+    pub product: PerThread<matrix::Scratch>,
     arena: Mutex<Arena>,
 }
 
@@ -70,8 +72,6 @@ struct Scratch {
     attention: attention::Scratch,
     moe: moe::Scratch,
     sample: PerThread<sample::Scratch>,
-    /// 0, 1, 2, …
-    ids: Vec<u32>,
 }
 
 impl CpuBackend {
@@ -86,9 +86,9 @@ impl CpuBackend {
             attention: attention::Scratch::new(&pool),
             moe: moe::Scratch::default(),
             sample: PerThread::new(&pool),
-            ids: Vec::new(),
         };
-        let on = Machine { pool, isa: Isa::detect(options.isa)?, arena: Mutex::default() };
+        let isa = Isa::detect(options.isa)?;
+        let on = Machine { product: PerThread::new(&pool), pool, isa, arena: Mutex::default() };
         let first_core = options.cores.first().copied();
         Ok(Self { on, precision: options.precision, scratch: Mutex::new(scratch), first_core })
     }
@@ -100,51 +100,92 @@ impl CpuBackend {
 }
 
 impl Scratch {
-    /// What a product reads: the rows of `x`, and their numbers.
-    fn input<'a>(&'a mut self, on: &Machine, args: &Linear<'a>) -> (Rows<'a>, &'a [u32]) {
-        let needs = args.weight.get::<Matrix>().needs();
-        let rows = args.x.elements() / args.x.row_len();
-        count_to(&mut self.ids, rows);
-        let x = self.prepared.prepare(on, view(args.x), args.x.row_len(), args.norm, needs);
-        (x, &self.ids[..rows])
+    /// What a product reads: the rows of `x`, and how many they are.
+    fn input<'a>(&'a mut self, on: &Machine, args: &Linear<'a>) -> (Rows<'a>, usize) {
+        let (cols, needs) = (args.x.row_len(), args.weight.get::<Matrix>().needs(on));
+        let input = Input { x: view(args.x), cols, norm: args.norm, order: None };
+        (self.prepared.prepare(on, input, needs), args.x.elements() / cols)
     }
 }
 
-fn count_to(ids: &mut Vec<u32>, count: usize) {
-    ids.extend(ids.len() as u32..count.max(ids.len()) as u32);
+/// Where products `[rows, 16]` go in a matrix of `width` columns.
+#[derive(Clone, Copy)]
+pub struct Target<'a> {
+    pub out: Shared<'a, f32>,
+    /// Its first row there.
+    pub row: usize,
+    pub width: usize,
+    /// `[width]`, added to every row.
+    pub bias: Option<&'a [f32]>,
+    pub store: Store,
 }
 
-/// Writes products `[rows, 16]` into a matrix of `width` columns.
-fn put(
-    out: Shared<'_, f32>,
-    width: usize,
-    (row, column, lanes): (usize, usize, usize),
-    (products, bias): (&[[f32; LANES]], Option<&[f32]>),
-    store: Store,
-) {
-    for (i, product) in products.iter().enumerate() {
-        // SAFETY: each product is put once.
-        let out = unsafe { out.part((row + i) * width + column, lanes) };
-        for (lane, (out, y)) in out.iter_mut().zip(product).enumerate() {
-            let y = y + bias.map_or(0.0, |bias| bias[column + lane]);
-            *out = if store == Store::Add { *out + y } else { y };
+impl Target<'_> {
+    /// Fetches the lines where the products of `count` rows will go: stores that miss the first
+    /// cache hold up all that follow.
+    pub fn fetch(&self, isa: Isa, (row, column): (usize, usize), count: usize) {
+        isa.run(Fetch { target: *self, row, column, count });
+    }
+
+    /// Puts the products of rows from `row` on and columns `column..column + lanes`. Each product
+    /// is to be put once.
+    pub fn put(&self, isa: Isa, at: (usize, usize, usize), products: &[[f32; LANES]]) {
+        isa.run(Put { target: *self, at, products });
+    }
+}
+
+struct Fetch<'a> {
+    target: Target<'a>,
+    row: usize,
+    column: usize,
+    count: usize,
+}
+
+impl Kernel for Fetch<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let first = self.target.row + self.row;
+        for row in first..first + self.count {
+            // SAFETY: these elements are this item's, and nothing is done with them.
+            let out = unsafe { self.target.out.part(row * self.target.width + self.column, 1) };
+            s.will_write(&out[0]);
         }
     }
 }
 
-/// `gates = activation(gates) · ups`.
-pub fn gate(isa: Isa, activation: Activation, gates: &mut [[f32; LANES]], ups: &[[f32; LANES]]) {
-    struct Gate<'a>(Activation, &'a mut [[f32; LANES]], &'a [[f32; LANES]]);
-    impl Kernel for Gate<'_> {
-        type Output = ();
-        #[inline(always)]
-        fn run<S: Simd>(self, _: S) {
-            for (g, u) in self.1.as_flattened_mut().iter_mut().zip(self.2.as_flattened()) {
-                *g = math::activate(self.0, *g) * u;
+struct Put<'a> {
+    target: Target<'a>,
+    at: (usize, usize, usize),
+    products: &'a [[f32; LANES]],
+}
+
+impl Kernel for Put<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Self { target: Target { out, row: first, width, bias, store }, at, products } = self;
+        let (row, column, lanes) = at;
+        let bias = bias.map(|bias| &bias[column..][..lanes]);
+        for (i, product) in products.iter().enumerate() {
+            // SAFETY: each product is put once.
+            let out = unsafe { out.part((first + row + i) * width + column, lanes) };
+            if let Some(out) = out.first_chunk_mut::<LANES>() {
+                let mut y = s.load(product);
+                if let Some(bias) = bias.and_then(<[f32]>::first_chunk) {
+                    y = s.add(y, s.load(bias));
+                }
+                s.store(if store == Store::Add { s.add(s.load(out), y) } else { y }, out);
+                continue;
+            }
+            for (lane, (out, y)) in out.iter_mut().zip(product).enumerate() {
+                let y = y + bias.map_or(0.0, |bias| bias[lane]);
+                *out = if store == Store::Add { *out + y } else { y };
             }
         }
     }
-    isa.run(Gate(activation, gates, ups));
 }
 
 struct Done(Vec<u8>);
@@ -182,7 +223,11 @@ impl Backend for CpuBackend {
     }
 
     fn kv_dtype(&self) -> DType {
-        if self.precision == Precision::Exact { DType::F32 } else { DType::F16 }
+        match self.precision {
+            Precision::Exact => DType::F32,
+            Precision::Native if self.on.isa.has_pairs() => DType::BF16,
+            Precision::Native => DType::F16,
+        }
     }
 
     fn alloc(&self, dtype: DType, shape: &[usize]) -> Result<Tensor> {
@@ -289,10 +334,9 @@ impl Backend for CpuBackend {
         let (x, rows) = scratch.input(&self.on, args);
         let matrix = args.weight.get::<Matrix>();
         let bias = args.bias.map(|bias| bias.get::<Vector>().0.as_slice());
-        let (width, out) = (matrix.rows, Shared::<f32>::of(out));
-        matrix.multiply(&self.on, x, rows, &|row, column, lanes, products| {
-            put(out, width, (row, column, lanes), (products, bias), args.store);
-        });
+        let (out, width, store) = (Shared::of(out), matrix.rows, args.store);
+        let target = Target { out, row: 0, width, bias, store };
+        matrix.multiply(&self.on, x, rows, target);
         Ok(())
     }
 
@@ -300,11 +344,9 @@ impl Backend for CpuBackend {
         let mut scratch = self.scratch();
         let (x, rows) = scratch.input(&self.on, args);
         let matrix = args.weight.get::<Matrix>();
-        let (width, out) = (matrix.rows / 2, Shared::<f32>::of(out));
-        let combine = |g: &mut [_], u: &[_]| gate(self.on.isa, activation, g, u);
-        matrix.multiply_gated(&self.on, x, rows, &combine, &|row, column, lanes, products| {
-            put(out, width, (row, column, lanes), (products, None), args.store);
-        })
+        let (out, width, store) = (Shared::of(out), matrix.rows / 2, args.store);
+        let target = Target { out, row: 0, width, bias: None, store };
+        matrix.multiply_gated(&self.on, x, rows, activation, target)
     }
 
     fn add(&self, x: &Tensor, delta: &Tensor) -> Result<()> {
@@ -326,16 +368,8 @@ impl Backend for CpuBackend {
 
     fn moe(&self, args: &Moe<'_>, out: &Tensor) -> Result<()> {
         let mut scratch = self.scratch();
-        let Scratch { prepared, moe: own, ids, .. } = &mut *scratch;
-        let first = args.gate_up.get::<Experts>().0.first();
-        let (a, b) = (args.router.get::<Matrix>().needs(), first.map(Matrix::needs));
-        let b = b.unwrap_or(a);
-        let needs = Needs { blocks: a.blocks || b.blocks, floats: a.floats || b.floats };
-        let cols = args.x.row_len();
-        let x = prepared.prepare(&self.on, view(args.x), cols, Some(args.norm), needs);
-        let tokens = args.x.elements() / cols;
-        count_to(ids, tokens);
-        moe::moe(&self.on, own, args, x, &ids[..tokens], Shared::of(out))
+        let Scratch { prepared, moe: own, .. } = &mut *scratch;
+        moe::moe(&self.on, own, prepared, args, out)
     }
 
     fn gather(&self, x: &Tensor, indices: &Tensor, out: &Tensor) -> Result<()> {

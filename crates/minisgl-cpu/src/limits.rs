@@ -139,10 +139,12 @@ fn portable() -> Product {
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
+    use std::arch::asm;
     use std::arch::x86_64::*;
     use std::hint::black_box;
 
     use super::{PASSES, Product, SUMS};
+    use crate::simd::{Amx, MatrixUnit};
 
     pub fn sum_avx2(words: &[u64]) -> u64 {
         #[target_feature(enable = "avx2")]
@@ -184,6 +186,21 @@ mod x86 {
         }};
     }
 
+    /// As `chains` for a product of whole tiles; these need no second chain.
+    macro_rules! tiles {
+        ($instruction:literal) => {
+            || {
+                let Some(unit) = Amx::detect() else { return };
+                unit.begin();
+                for _ in 0..PASSES * SUMS {
+                    // SAFETY: `unit` proves the instruction, which works on registers alone;
+                    // `begin` has made all three whole.
+                    unsafe { asm!($instruction, out("tmm0") _, options(nomem, nostack)) };
+                }
+            }
+        };
+    }
+
     pub fn products() -> Vec<Product> {
         let mut found = Vec::new();
         let mut add = |dtype, instruction, lane_products, run| {
@@ -208,6 +225,10 @@ mod x86 {
                 |sum, x| _mm512_dpbf16_ps(sum, x, x)
             );
             add("bf16", "AVX-512 vdpbf16ps", 32, run);
+        }
+        if Amx::detect().is_some() {
+            add("bf16", "AMX tdpbf16ps", 16 * 16 * 32, tiles!("tdpbf16ps tmm0, tmm1, tmm2"));
+            add("int8", "AMX tdpbssd", 16 * 16 * 64, tiles!("tdpbssd tmm0, tmm1, tmm2"));
         }
         if is_x86_feature_detected!("avx512vnni") {
             let run = chains!(

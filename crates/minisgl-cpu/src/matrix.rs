@@ -3,18 +3,33 @@
 use std::ops::Range;
 
 use half::{bf16, f16};
-use minisgl_tensor::{BackendError, DType, HostTensor, Precision, Result};
+use minisgl_tensor::{Activation, BackendError, DType, HostTensor, Precision, Result};
 
-use crate::backend::Machine;
-use crate::kernels::{Rows, TileProduct};
+use crate::backend::{Machine, Target};
+use crate::kernels::{PANEL, Rows, TileProduct, UnitRoom};
 use crate::memory::{Piece, Shared};
 use crate::quant::{block32, decode_row};
-use crate::simd::LANES;
+use crate::simd::{Aligned, Kernel, LANES, Simd, math};
 use crate::tiles::Layout;
 
 /// Rows of activations that one work item multiplies with a tile: the tile stays in the first
 /// cache, the rows in the second.
-const PANEL: usize = 64;
+const ITEM_ROWS: usize = 4 * PANEL;
+
+/// What a thread computes products in.
+pub struct Scratch {
+    products: Aligned<[[f32; LANES]; ITEM_ROWS]>,
+    /// Products of the other half of a gated matrix.
+    factors: Aligned<[[f32; LANES]; ITEM_ROWS]>,
+    room: Box<UnitRoom>,
+}
+
+impl Default for Scratch {
+    fn default() -> Self {
+        let zeros = Aligned([[0.0; LANES]; ITEM_ROWS]);
+        Self { products: zeros, factors: zeros, room: UnitRoom::new() }
+    }
+}
 
 /// `[rows, cols]`, packed.
 pub struct Matrix {
@@ -65,9 +80,10 @@ impl Matrix {
         on: &Machine,
     ) -> Result<()> {
         let dtype = kept_as(source.dtype, precision);
-        let bytes = match dtype.is_quantized() {
-            true => Layout::of(dtype).tile_bytes(self.cols),
-            false => self.cols * LANES * dtype.block_bytes(),
+        let bytes = match dtype {
+            DType::F32 | DType::F16 => self.cols * LANES * dtype.block_bytes(),
+            DType::BF16 => self.cols.div_ceil(32) * 16 * size_of::<[Pair; LANES]>(),
+            _ => Layout::of(dtype).tile_bytes(self.cols),
         };
         let count = rows.len().div_ceil(LANES);
         let mut piece = on.arena().take(count * bytes)?;
@@ -93,10 +109,13 @@ impl Matrix {
         &self.pieces[tile.piece].as_bytes()[tile.offset..][..tile.bytes]
     }
 
-    /// Whether products need activations in 8 bits, and in f32.
-    pub fn needs(&self) -> Needs {
-        let any = |quantized| self.piece_types().any(|dtype| dtype.is_quantized() == quantized);
-        Needs { blocks: any(true), floats: any(false) }
+    /// In which forms products need their activations.
+    pub fn needs(&self, on: &Machine) -> Needs {
+        let pairs = on.isa.has_pairs();
+        Needs {
+            blocks: self.piece_types().any(DType::is_quantized),
+            halves: pairs && self.piece_types().any(|dtype| dtype == DType::BF16),
+        }
     }
 
     fn piece_types(&self) -> impl Iterator<Item = DType> {
@@ -112,11 +131,18 @@ impl Matrix {
         match tile.dtype {
             DType::F32 => column_elements(bytes, lane, out, |x: f32| x),
             DType::F16 => column_elements(bytes, lane, out, f16::to_f32),
-            DType::BF16 => column_elements(bytes, lane, out, bf16::to_f32),
+            DType::BF16 => {
+                let pairs: &[[Pair; LANES]] = bytemuck::cast_slice(bytes);
+                for (out, pair) in out.chunks_mut(2).zip(pairs) {
+                    for (out, x) in out.iter_mut().zip(pair[lane]) {
+                        *out = x.to_f32();
+                    }
+                }
+            }
             dtype => {
                 let layout = Layout::of(dtype);
                 for (index, out) in out.as_chunks_mut::<32>().0.iter_mut().enumerate() {
-                    let block = layout.get(bytes, lane, index);
+                    let block = layout.get(bytes, lane, (index, self.cols / 32));
                     for (i, out) in out.iter_mut().enumerate() {
                         *out = block.element(dtype, i);
                     }
@@ -125,39 +151,43 @@ impl Matrix {
         }
     }
 
-    /// Products with `x[rows[..]]`. Calls `finish(m, first, products)` with the products of
-    /// `x[rows[m..]]` and the matrix's rows `first..`, each row of them up to 16 long.
-    pub fn multiply(&self, on: &Machine, x: Rows<'_>, rows: &[u32], finish: &Finish<'_>) {
-        self.each_item(on, rows, self.tiles.len(), &|part, index, buffer| {
+    /// Puts the products with the first `rows` rows of `x` into `target`.
+    pub fn multiply(&self, on: &Machine, x: Rows<'_>, rows: usize, target: Target<'_>) {
+        self.each_item(on, rows, self.tiles.len(), &|part, index, scratch| {
             let tile = &self.tiles[index];
-            self.product(on, tile, x, &rows[part.clone()], buffer);
-            finish(part.start, tile.first_row, tile.lanes, buffer);
+            let Scratch { products, room, .. } = scratch;
+            let products = &mut products.0[..part.len()];
+            target.fetch(on.isa, (part.start, tile.first_row), part.len());
+            self.product(on, tile, x.from(part.start), room, products);
+            target.put(on.isa, (part.start, tile.first_row, tile.lanes), products);
         });
     }
 
     /// As `multiply` for a gated matrix, the gate's rows first: products are
-    /// `combine(gate, up)`. Errors: its parts are not a gate and an equally large rest.
+    /// `activation(gate) · up`. Errors: its parts are not a gate and an equally large rest.
     pub fn multiply_gated(
         &self,
         on: &Machine,
         x: Rows<'_>,
-        rows: &[u32],
-        combine: &Combine<'_>,
-        finish: &Finish<'_>,
+        rows: usize,
+        activation: Activation,
+        target: Target<'_>,
     ) -> Result<()> {
         let (gates, ups) = self.tiles.split_at(self.tiles.len() / 2);
         if ups.first().is_none_or(|up| 2 * up.first_row != self.rows) {
             let message = "a gated matrix is one part, or a gate and an equally large rest";
             return Err(BackendError::Unsupported(message.into()));
         }
-        self.each_item(on, rows, gates.len(), &|part, index, buffer| {
+        self.each_item(on, rows, gates.len(), &|part, index, scratch| {
             let (gate, up) = (&gates[index], &ups[index]);
-            let mut factor = [[0.0; LANES]; PANEL];
-            let factor = &mut factor[..buffer.len()];
-            self.product(on, gate, x, &rows[part.clone()], buffer);
-            self.product(on, up, x, &rows[part.clone()], factor);
-            combine(buffer, factor);
-            finish(part.start, gate.first_row, gate.lanes, buffer);
+            let Scratch { products, factors, room } = scratch;
+            let (products, factors) = (&mut products.0[..part.len()], &mut factors.0[..part.len()]);
+            let x = x.from(part.start);
+            target.fetch(on.isa, (part.start, gate.first_row), part.len());
+            self.product(on, gate, x, room, products);
+            self.product(on, up, x, room, factors);
+            on.isa.run(Gate { activation, gates: products, ups: factors });
+            target.put(on.isa, (part.start, gate.first_row, gate.lanes), products);
         });
         Ok(())
     }
@@ -167,50 +197,58 @@ impl Matrix {
         on: &Machine,
         tile: &Tile,
         x: Rows<'_>,
-        rows: &[u32],
+        room: &mut UnitRoom,
         out: &mut [[f32; LANES]],
     ) {
-        let tile_bytes = self.tile_bytes(tile);
-        TileProduct { dtype: tile.dtype, tile: tile_bytes, x, rows, out }.run_on(on.isa);
+        let bytes = self.tile_bytes(tile);
+        TileProduct { dtype: tile.dtype, tile: bytes, x, room, out }.run_on(on.isa);
     }
 
-    /// Calls `work(range of rows, tile, buffer)` for all panels of rows and all tiles.
-    fn each_item(&self, on: &Machine, rows: &[u32], tiles: usize, work: &Work<'_>) {
-        on.pool.run(rows.len().div_ceil(PANEL) * tiles, &|_, item| {
-            let (first, tile) = (item / tiles * PANEL, item % tiles);
-            let part = first..rows.len().min(first + PANEL);
-            if part.len() == 1 {
-                // No zeros for a whole panel where there is but one row.
-                work(part, tile, &mut [[0.0; LANES]]);
-            } else {
-                let mut buffer = [[0.0; LANES]; PANEL];
-                let count = part.len();
-                work(part, tile, &mut buffer[..count]);
-            }
+    /// Calls `work(range of rows, tile, scratch)` for all runs of rows and all tiles.
+    fn each_item(&self, on: &Machine, rows: usize, tiles: usize, work: &Work<'_>) {
+        on.pool.run(rows.div_ceil(ITEM_ROWS) * tiles, &|thread, item| {
+            let (first, tile) = (item / tiles * ITEM_ROWS, item % tiles);
+            // SAFETY: this thread's, and operations run one at a time.
+            let scratch = unsafe { on.product.get(thread) };
+            work(first..rows.min(first + ITEM_ROWS), tile, scratch);
         });
     }
 }
 
-/// Called with the first row of activations, the first row of the matrix, how many of these there
-/// are, and their products.
-pub type Finish<'a> = dyn Fn(usize, usize, usize, &[[f32; LANES]]) + Sync + 'a;
+/// `gates = activation(gates) · ups`.
+struct Gate<'a> {
+    activation: Activation,
+    gates: &'a mut [[f32; LANES]],
+    ups: &'a [[f32; LANES]],
+}
 
-/// Makes of the gates' products, with those of what they gate, the result.
-type Combine<'a> = dyn Fn(&mut [[f32; LANES]], &[[f32; LANES]]) + Sync + 'a;
+impl Kernel for Gate<'_> {
+    type Output = ();
 
-/// Called with a range of rows, a tile's number, and room for their products.
-type Work<'a> = dyn Fn(Range<usize>, usize, &mut [[f32; LANES]]) + Sync + 'a;
+    #[inline(always)]
+    fn run<S: Simd>(self, _: S) {
+        for (g, u) in self.gates.as_flattened_mut().iter_mut().zip(self.ups.as_flattened()) {
+            *g = math::activate(self.activation, *g) * u;
+        }
+    }
+}
 
-/// In which forms a matrix wants its activations.
+/// Called with a range of rows, a tile's number, and the thread's scratch.
+type Work<'a> = dyn Fn(Range<usize>, usize, &mut Scratch) + Sync + 'a;
+
+/// In which forms, beside f32, a matrix wants its activations.
 #[derive(Clone, Copy)]
 pub struct Needs {
     pub blocks: bool,
-    pub floats: bool,
+    pub halves: bool,
 }
+
+/// Two columns of a row of BF16.
+type Pair = [bf16; 2];
 
 fn kept_as(dtype: DType, precision: Precision) -> DType {
     match (precision, dtype) {
-        (_, DType::F32 | DType::F16 | DType::BF16) => dtype,
+        (_, DType::F32 | DType::F16) => dtype,
         // Three bits of mantissa and a scale come closest, at half the memory of f32, in bf16.
         (Precision::Native, DType::F8E4M3) => DType::BF16,
         (Precision::Native, _) => dtype,
@@ -293,10 +331,11 @@ impl<'a> Source<'a> {
 
     fn pack_tile(&self, rows: Range<usize>, dtype: DType, tile: &mut [u8]) {
         if dtype.is_quantized() {
-            let layout = Layout::of(dtype);
+            let (layout, blocks) = (Layout::of(dtype), self.cols / 32);
             for (lane, row) in rows.enumerate() {
-                for index in 0..self.cols / 32 {
-                    layout.put(tile, lane, index, &block32(dtype, self.row(row), index));
+                for index in 0..blocks {
+                    let block = block32(dtype, self.row(row), index);
+                    layout.put(tile, lane, (index, blocks), &block);
                 }
             }
             return;
@@ -307,7 +346,14 @@ impl<'a> Source<'a> {
             match dtype {
                 DType::F32 => spread(tile, lane, &floats, |x| x),
                 DType::F16 => spread(tile, lane, &floats, f16::from_f32),
-                _ => spread(tile, lane, &floats, bf16::from_f32),
+                _ => {
+                    let pairs: &mut [[Pair; LANES]] = bytemuck::cast_slice_mut(tile);
+                    for (pair, x) in pairs.iter_mut().zip(floats.chunks(2)) {
+                        for (to, &x) in pair[lane].iter_mut().zip(x) {
+                            *to = bf16::from_f32(x);
+                        }
+                    }
+                }
             }
         }
     }

@@ -1,114 +1,127 @@
 //! The mixture of experts.
 
-use minisgl_tensor::{Activation, Moe, Result, Store};
+use minisgl_tensor::{Activation, Moe, Result, Store, Tensor};
 
-use crate::activations::Prepared;
-use crate::backend::{Machine, gate};
-use crate::kernels::Rows;
+use crate::activations::{Input, Prepared};
+use crate::backend::{Machine, Target};
+use crate::kernels::PANEL;
 use crate::matrix::{Experts, Matrix, Needs};
-use crate::memory::Shared;
+use crate::memory::{Shared, view};
 
-/// Buffers that outlive an operation.
+/// Buffers that outlive an operation. A place is where a token stands for one of its experts:
+/// places are in order of the experts, and each expert's begin a panel.
 #[derive(Default)]
 pub struct Scratch {
     inner: Prepared,
     logits: Vec<f32>,
-    /// `[tokens · top_k, inner]`: the activated halves, by a token's place and choice.
+    /// `[places, inner]`: the activated halves.
     gated: Vec<f32>,
-    /// `[tokens · top_k, hidden]`: what each chosen expert adds.
+    /// `[places, hidden]`: what each chosen expert adds.
     added: Vec<f32>,
-    /// `[tokens · top_k]`.
-    weights: Vec<f32>,
-    /// By expert: places in `gated` of the tokens that chose it.
-    places: Vec<Vec<u32>>,
-    tokens: Vec<u32>,
+    /// A token's choices, `[tokens · top_k]`: expert, weight, place.
+    choices: Vec<Choice>,
+    /// By expert: its first place, and how many it has.
+    experts: Vec<(usize, usize)>,
+    /// The token at each place; `EMPTY` where there is none.
+    order: Vec<u32>,
 }
 
-/// See `Backend::moe`; `x` is normed. A token adds its experts in order of their weight, whoever
-/// else is in the step. `all` counts up from 0, for as many tokens at least.
+const EMPTY: u32 = u32::MAX;
+
+struct Choice {
+    expert: usize,
+    weight: f32,
+    place: usize,
+}
+
+/// See `Backend::moe`. A token adds its experts in order of their weight, whoever else is in the
+/// step.
 pub fn moe(
     on: &Machine,
     scratch: &mut Scratch,
+    prepared: &mut Prepared,
     args: &Moe<'_>,
-    x: Rows<'_>,
-    all: &[u32],
-    out: Shared<'_, f32>,
+    out: &Tensor,
 ) -> Result<()> {
-    let (hidden, inner, top_k) = (args.router.cols(), args.down.cols(), args.top_k);
+    let (hidden, inner, top_k) = (args.x.row_len(), args.down.cols(), args.top_k);
     let (gate_up, down) = (args.gate_up.get::<Experts>(), args.down.get::<Experts>());
-    let tokens = all.len();
-    let places = tokens * top_k;
-    let Scratch { inner: prepared, logits, gated, added, weights, places: of_expert, tokens: own } =
-        scratch;
+    let input = Input { x: view(args.x), cols: hidden, norm: Some(args.norm), order: None };
+    choose(on, args, scratch, prepared, input);
+    let Scratch { inner: prepared_inner, gated, added, choices, experts, order, .. } = scratch;
+    let places = order.len();
     gated.resize(gated.len().max(places * inner), 0.0);
     added.resize(added.len().max(places * hidden), 0.0);
-    choose(on, args, x, all, (logits, weights, of_expert));
-    for (expert, places) in of_expert.iter().enumerate().filter(|(_, places)| !places.is_empty()) {
-        own.clear();
-        own.extend(places.iter().map(|place| place / top_k as u32));
-        let target = Shared::of_slice(gated);
-        let combine = |g: &mut [_], u: &[_]| gate(on.isa, Activation::Silu, g, u);
-        gate_up.0[expert].multiply_gated(on, x, own, &combine, &|m, first, lanes, products| {
-            for (place, product) in places[m..].iter().zip(products) {
-                // SAFETY: each product is put once.
-                let out = unsafe { target.part(*place as usize * inner + first, lanes) };
-                out.copy_from_slice(&product[..lanes]);
-            }
-        })?;
+
+    let needs = needs(on, gate_up);
+    let x = prepared.prepare(on, Input { order: Some(order), ..input }, needs);
+    let used = || experts.iter().enumerate().filter(|(_, (_, count))| *count > 0);
+    for (expert, &(start, count)) in used() {
+        let (x, target) = (x.from(start), target(gated, inner, start));
+        gate_up.0[expert].multiply_gated(on, x, count, Activation::Silu, target)?;
     }
-    let needs = down.0.first().map_or(Needs { blocks: false, floats: true }, Matrix::needs);
-    let halves = prepared.prepare(on, &gated[..places * inner], inner, None, needs);
-    for (expert, places) in of_expert.iter().enumerate().filter(|(_, places)| !places.is_empty()) {
-        let target = Shared::of_slice(added);
-        down.0[expert].multiply(on, halves, places, &|m, first, lanes, products| {
-            for (place, product) in places[m..].iter().zip(products) {
-                // SAFETY: each product is put once.
-                let out = unsafe { target.part(*place as usize * hidden + first, lanes) };
-                out.copy_from_slice(&product[..lanes]);
-            }
-        });
+    let input = Input { x: &gated[..places * inner], cols: inner, norm: None, order: None };
+    let halves = prepared_inner.prepare(on, input, self::needs(on, down));
+    for (expert, &(start, count)) in used() {
+        down.0[expert].multiply(on, halves.from(start), count, target(added, hidden, start));
     }
-    on.pool.run(tokens, &|_, token| {
+    let out = Shared::<f32>::of(out);
+    on.pool.run(choices.len() / top_k, &|_, token| {
         // SAFETY: each token is its own item.
         let out = unsafe { out.part(token * hidden, hidden) };
         if args.store == Store::Set {
             out.fill(0.0);
         }
-        for place in token * top_k..(token + 1) * top_k {
-            for (out, added) in out.iter_mut().zip(&added[place * hidden..]) {
-                *out += weights[place] * added;
+        for choice in &choices[token * top_k..][..top_k] {
+            for (out, added) in out.iter_mut().zip(&added[choice.place * hidden..]) {
+                *out += choice.weight * added;
             }
         }
     });
     Ok(())
 }
 
-/// Routes every token.
+fn needs(on: &Machine, experts: &Experts) -> Needs {
+    let none = Needs { blocks: false, halves: false };
+    experts.0.first().map_or(none, |matrix| matrix.needs(on))
+}
+
+fn target(out: &mut [f32], width: usize, row: usize) -> Target<'_> {
+    Target { out: Shared::of_slice(out), row, width, bias: None, store: Store::Set }
+}
+
+/// Routes every token, and gives each choice its place.
 fn choose(
     on: &Machine,
     args: &Moe<'_>,
-    x: Rows<'_>,
-    all: &[u32],
-    (logits, weights, of_expert): (&mut Vec<f32>, &mut Vec<f32>, &mut Vec<Vec<u32>>),
+    scratch: &mut Scratch,
+    prepared: &mut Prepared,
+    input: Input<'_>,
 ) {
-    let experts = args.router.rows();
-    logits.resize(all.len() * experts, 0.0);
-    let target = Shared::of_slice(logits);
-    args.router.get::<Matrix>().multiply(on, x, all, &|m, first, lanes, products| {
-        for (row, product) in products.iter().enumerate() {
-            // SAFETY: each product is put once.
-            let out = unsafe { target.part((m + row) * experts + first, lanes) };
-            out.copy_from_slice(&product[..lanes]);
-        }
-    });
-    weights.clear();
-    of_expert.iter_mut().for_each(Vec::clear);
-    of_expert.resize_with(experts, Vec::new);
-    for logits in logits.chunks_exact(experts) {
+    let Scratch { logits, choices, experts, order, .. } = scratch;
+    let router = args.router.get::<Matrix>();
+    let (count, tokens) = (router.rows, input.x.len() / input.cols);
+    logits.resize(tokens * count, 0.0);
+    let x = prepared.prepare(on, input, router.needs(on));
+    router.multiply(on, x, tokens, target(logits, count, 0));
+    choices.clear();
+    experts.clear();
+    experts.resize(count, (0, 0));
+    for logits in logits.chunks_exact(count) {
         for (expert, weight) in route(logits, args.top_k, args.renormalize) {
-            of_expert[expert].push(weights.len() as u32);
-            weights.push(weight);
+            choices.push(Choice { expert, weight, place: experts[expert].1 });
+            experts[expert].1 += 1;
         }
+    }
+    let mut places = 0usize;
+    for (start, count) in experts.iter_mut() {
+        *start = places;
+        places += count.next_multiple_of(PANEL);
+    }
+    order.clear();
+    order.resize(places, EMPTY);
+    for (i, choice) in choices.iter_mut().enumerate() {
+        choice.place += experts[choice.expert].0;
+        order[choice.place] = (i / args.top_k) as u32;
     }
 }
 

@@ -1,10 +1,11 @@
 //! How weights lie in memory: tiles of 16 rows, made for one vector to hold a column's 16 rows.
 //!
 //! A tile of a plain type is its columns, one behind the other, 16 elements each. A tile of a block
-//! type is its blocks of 32 columns, one behind the other:
+//! type is the scales of its blocks of 32 columns, one behind the other, then, from a multiple of 64
+//! bytes on, their codes:
 //!
 //! ```text
-//! head      K types, once in 8 blocks: 16 × f16 d, 16 × f16 dmin
+//! head      K types, before every 8 blocks' scales: 16 × f16 d, 16 × f16 dmin
 //! scales    16 × f16 d, then (Q4_1, Q5_1) 16 × f16 m; K types: 2 × 16 bytes of scales, minimums
 //! codes     4 bits: 4 chunks of 64 bytes, chunk c holding of each row columns 8c..8c+4 in the low
 //!           and 8c+4..8c+8 in the high halves of four bytes; 8 bits: 8 chunks of 4 columns
@@ -47,21 +48,26 @@ impl Layout {
         Self { dtype, nibbles, blocks, head, scales }
     }
 
-    fn block_bytes(&self) -> usize {
-        self.scales + if self.nibbles { 16 * LANES } else { 32 * LANES }
+    fn code_bytes(&self) -> usize {
+        if self.nibbles { 16 * LANES } else { 32 * LANES }
+    }
+
+    /// Where the codes of a tile with `blocks` blocks begin.
+    fn codes(&self, blocks: usize) -> usize {
+        (blocks / self.blocks * self.head + blocks * self.scales).next_multiple_of(64)
     }
 
     /// Bytes of a tile with `cols` columns.
     pub fn tile_bytes(&self, cols: usize) -> usize {
-        let blocks = cols / 32;
-        blocks / self.blocks * self.head + blocks * self.block_bytes()
+        self.codes(cols / 32) + cols / 32 * self.code_bytes()
     }
 
-    /// Where block `index` has its head and its scales.
-    fn place(&self, index: usize) -> (usize, usize) {
+    /// Where block `index` of a tile of `blocks` has its head, its scales and its codes.
+    fn place(&self, blocks: usize, index: usize) -> (usize, usize, usize) {
         let (group, inside) = (index / self.blocks, index % self.blocks);
-        let head = group * (self.head + self.blocks * self.block_bytes());
-        (head, head + self.head + inside * self.block_bytes())
+        let head = group * (self.head + self.blocks * self.scales);
+        let codes = self.codes(blocks) + index * self.code_bytes();
+        (head, head + self.head + inside * self.scales, codes)
     }
 
     /// Where the code of column `i` of a block lies in its row's part of the codes, and its shift.
@@ -78,9 +84,15 @@ impl Layout {
         if self.dtype == DType::Q5_0 { 16 } else { 0 }
     }
 
-    /// Writes a row's block `index` into a zeroed tile.
-    pub fn put(&self, tile: &mut [u8], row: usize, index: usize, block: &Block32) {
-        let (head, scales) = self.place(index);
+    /// Writes block `index` of `blocks` of a row into a zeroed tile.
+    pub fn put(
+        &self,
+        tile: &mut [u8],
+        row: usize,
+        (index, blocks): (usize, usize),
+        block: &Block32,
+    ) {
+        let (head, scales, codes) = self.place(blocks, index);
         let halves = if self.head > 0 { head } else { scales };
         tile[halves + 2 * row..][..2].copy_from_slice(&block.d.to_le_bytes());
         if self.head > 0 || self.scales == 4 * LANES {
@@ -91,7 +103,7 @@ impl Layout {
             tile[scales + LANES + row] =
                 if self.dtype == DType::Q6K { block.scale[1] as u8 } else { block.min };
         }
-        let codes = &mut tile[scales + self.scales..];
+        let codes = &mut tile[codes..];
         for (i, code) in block.codes.iter().enumerate() {
             let (at, shift) = self.code_at(row, i);
             codes[at] |= code.wrapping_sub(self.offset()) << shift;
@@ -99,8 +111,8 @@ impl Layout {
     }
 
     /// What `put` wrote.
-    pub fn get(&self, tile: &[u8], row: usize, index: usize) -> Block32 {
-        let (head, scales) = self.place(index);
+    pub fn get(&self, tile: &[u8], row: usize, (index, blocks): (usize, usize)) -> Block32 {
+        let (head, scales, codes) = self.place(blocks, index);
         let halves = if self.head > 0 { head } else { scales };
         let half = |at: usize| f16::from_le_bytes([tile[at], tile[at + 1]]);
         let both = self.head > 0 || self.scales == 4 * LANES;
@@ -117,7 +129,7 @@ impl Layout {
                 .map(|byte| byte as i8);
             block.min = second;
         }
-        let codes = &tile[scales + self.scales..];
+        let codes = &tile[codes..];
         for (i, code) in block.codes.iter_mut().enumerate() {
             let (at, shift) = self.code_at(row, i);
             let stored = codes[at] >> shift & if self.nibbles { 15 } else { 255 };

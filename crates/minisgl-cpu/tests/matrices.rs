@@ -51,9 +51,8 @@ fn rounding_of_activations() {
             let out = r.poison(DType::F32, &[3, 64]);
             let args = Linear { x: &xt, norm: None, weight: &w, bias: None, store: Store::Set };
             r.b.linear(&args, &out).unwrap();
-            let exact = r.precision == Precision::Exact || !dtype.is_quantized();
-            let tolerance = if exact { 2e-6 } else { 1.2e-2 };
-            close(&format!("{dtype}"), &r.get(&out), &product(&x, &decode(&part), 512), tolerance);
+            let want = product(&x, &decode(&part), 512);
+            close(&format!("{dtype}"), &r.get(&out), &want, r.tolerance(&[dtype]).min(1.2e-2));
         }
     }
 }
@@ -62,13 +61,10 @@ fn rounding_of_activations() {
 fn parts_bias_norm_add_and_gate() {
     for mut r in rigs("parts_bias_norm_add_and_gate") {
         let k = 256;
-        // A native product of types that round activations is held to the rounding's distance.
         for types in
             [[DType::F32, DType::BF16], [DType::Q4K, DType::Q6K], [DType::F16, DType::Q8_0]]
         {
-            let quantized = types.iter().any(|t| t.is_quantized());
-            let loose = quantized && r.precision == Precision::Native;
-            let tolerance = if loose { 1.5e-2 } else { 2e-6 };
+            let tolerance = r.tolerance(&types);
             for (m, inner) in [(1, 40), (6, 24), (70, 16)] {
                 let parts = types.map(|dtype| r.part(dtype, inner, k));
                 let values: Vec<f32> = parts.iter().flat_map(decode).collect();
@@ -197,7 +193,7 @@ fn fp8_with_scales_and_what_is_refused() {
         let (xt, out) = (r.put(&x, &[1, k]), r.poison(DType::F32, &[1, n]));
         let args = Linear { x: &xt, norm: None, weight: &w, bias: None, store: Store::Set };
         r.b.linear(&args, &out).unwrap();
-        close("fp8", &r.get(&out), &product(&x, &values, k), 2e-6);
+        close("fp8", &r.get(&out), &product(&x, &values, k), r.tolerance(&[DType::BF16]));
 
         let refused = |part: HostTensor<'_>| {
             let error = r.b.matrix(&[part], r.precision).unwrap_err().to_string();
@@ -257,7 +253,7 @@ fn mixture_of_experts() {
                     }
                 }
             }
-            close("moe", &r.get(&out), &want, 3e-6);
+            close("moe", &r.get(&out), &want, 1.5 * r.tolerance(&[DType::BF16, DType::F16]));
         }
     }
 }

@@ -4,6 +4,7 @@ use std::arch::x86_64::*;
 
 use half::{bf16, f16};
 
+use super::unit::NoUnit;
 use super::{Kernel, Simd, array};
 
 /// Proof that this machine has AVX2, FMA and F16C.
@@ -59,6 +60,17 @@ impl Simd for Avx2 {
     type ByteSum = [__m256i; 2];
 
     #[inline(always)]
+    fn will_read(self, line: &u8, ahead: usize) {
+        let address = std::ptr::from_ref(line).wrapping_add(ahead);
+        // SAFETY: a fetch cannot fail, whatever the address.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) };
+    }
+    #[inline(always)]
+    fn will_write(self, line: &f32) {
+        // SAFETY: a fetch cannot fail.
+        unsafe { _mm_prefetch::<_MM_HINT_ET0>(std::ptr::from_ref(line).cast()) };
+    }
+    #[inline(always)]
     fn splat(self, x: f32) -> Self::F32 {
         both!(|_i| _mm256_set1_ps(x))
     }
@@ -73,13 +85,6 @@ impl Simd for Avx2 {
     #[inline(always)]
     fn load_f16(self, from: &[f16; 16]) -> Self::F32 {
         both!(|i| _mm256_cvtph_ps(_mm_loadu_si128(from.as_ptr().add(8 * i).cast())))
-    }
-    #[inline(always)]
-    fn load_bf16(self, from: &[bf16; 16]) -> Self::F32 {
-        both!(|i| {
-            let wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.as_ptr().add(8 * i).cast()));
-            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide))
-        })
     }
     #[inline(always)]
     fn load_i8(self, from: &[i8; 16]) -> Self::F32 {
@@ -99,6 +104,34 @@ impl Simd for Avx2 {
     #[inline(always)]
     fn fma(self, a: Self::F32, b: Self::F32, c: Self::F32) -> Self::F32 {
         both!(|i| _mm256_fmadd_ps(a[i], b[i], c[i]))
+    }
+    #[inline(always)]
+    fn max(self, a: Self::F32, b: Self::F32) -> Self::F32 {
+        both!(|i| _mm256_max_ps(a[i], b[i]))
+    }
+    #[inline(always)]
+    fn round(self, x: Self::F32) -> Self::F32 {
+        both!(|i| _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(x[i]))
+    }
+    /// The exponent's bits are n + 127; those of 0 make 0.
+    #[inline(always)]
+    fn scale(self, x: Self::F32, n: Self::F32) -> Self::F32 {
+        both!(|i| {
+            let n = _mm256_max_ps(n[i], _mm256_set1_ps(-127.0));
+            let bits = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+            _mm256_mul_ps(x[i], _mm256_castsi256_ps(_mm256_slli_epi32::<23>(bits)))
+        })
+    }
+    #[inline(always)]
+    fn highest(self, x: Self::F32) -> f32 {
+        // SAFETY: as in `both`.
+        unsafe {
+            let eight = _mm256_max_ps(x[0], x[1]);
+            let high = _mm256_extractf128_ps::<1>(eight);
+            let four = _mm_max_ps(_mm256_castps256_ps128(eight), high);
+            let two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+            _mm_cvtss_f32(_mm_max_ss(two, _mm_shuffle_ps::<1>(two, two)))
+        }
     }
     #[inline(always)]
     fn sum(self, x: Self::F32) -> f32 {
@@ -125,6 +158,16 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    fn store_i8(self, x: Self::F32, to: &mut [i8; 16]) {
+        // SAFETY: as in `both`.
+        unsafe {
+            let words = _mm256_packs_epi32(_mm256_cvtps_epi32(x[0]), _mm256_cvtps_epi32(x[1]));
+            let words = _mm256_permute4x64_epi64::<0b11_01_10_00>(words);
+            let (low, high) = (_mm256_castsi256_si128(words), _mm256_extracti128_si256::<1>(words));
+            _mm_storeu_si128(to.as_mut_ptr().cast(), _mm_packs_epi16(low, high));
+        }
+    }
+    #[inline(always)]
     fn load_bytes(self, from: &[u8; 64]) -> Self::Bytes {
         both!(|i| _mm256_loadu_si256(from.as_ptr().add(32 * i).cast()))
     }
@@ -149,7 +192,7 @@ impl Simd for Avx2 {
         both!(|i| _mm256_cvtepi32_ps(_mm256_madd_epi16(sum[i], _mm256_set1_epi16(1))))
     }
     #[inline(always)]
-    fn byte_zero(self) -> Self::ByteSum {
+    fn byte_start(self, _shifted: i32) -> Self::ByteSum {
         both!(|_i| _mm256_setzero_si256())
     }
     /// The instruction wants one unsigned factor: |w|, and w's sign goes to x. −128 becomes 128,
@@ -166,6 +209,45 @@ impl Simd for Avx2 {
     #[inline(always)]
     fn byte_total(self, sum: Self::ByteSum) -> Self::F32 {
         both!(|i| _mm256_cvtepi32_ps(sum[i]))
+    }
+
+    #[inline(always)]
+    fn widen(self, pairs: Self::Bytes) -> (Self::F32, Self::F32) {
+        let even = both!(|i| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(pairs[i])));
+        let odd = both!(|i| {
+            let high = _mm256_set1_epi32(0xffff_0000_u32 as i32);
+            _mm256_castsi256_ps(_mm256_and_si256(pairs[i], high))
+        });
+        (even, odd)
+    }
+    #[inline(always)]
+    fn interleave(self, first: &[bf16; 16], second: &[bf16; 16]) -> Self::Bytes {
+        let mut pairs = [[bf16::ZERO; 2]; 16];
+        for (pair, (&first, &second)) in pairs.iter_mut().zip(first.iter().zip(second)) {
+            *pair = [first, second];
+        }
+        self.load_bytes(&bytemuck::cast(pairs))
+    }
+    #[inline(always)]
+    fn pair_dot(self, sum: Self::F32, w: Self::Bytes, x: [bf16; 2]) -> Self::F32 {
+        let (even, odd) = self.widen(w);
+        let sum = self.fma(even, self.splat(x[0].to_f32()), sum);
+        self.fma(odd, self.splat(x[1].to_f32()), sum)
+    }
+
+    type Unit = NoUnit;
+
+    #[inline(always)]
+    fn unit(self) -> Option<NoUnit> {
+        None
+    }
+    #[inline(always)]
+    fn convert(self, from: &[i32; 16]) -> Self::F32 {
+        both!(|i| _mm256_cvtepi32_ps(_mm256_loadu_si256(from.as_ptr().add(8 * i).cast())))
+    }
+    #[inline(always)]
+    fn store_bytes(self, x: Self::Bytes, to: &mut [u8; 64]) {
+        both!(|i| _mm256_storeu_si256(to.as_mut_ptr().add(32 * i).cast(), x[i]));
     }
 }
 

@@ -4,6 +4,7 @@
 use half::{bf16, f16};
 
 use super::Simd;
+use super::unit::NoUnit;
 
 /// Always there.
 #[derive(Clone, Copy, Debug)]
@@ -27,6 +28,10 @@ impl Simd for Portable {
     type ByteSum = [i32; 16];
 
     #[inline(always)]
+    fn will_read(self, _: &u8, _: usize) {}
+    #[inline(always)]
+    fn will_write(self, _: &f32) {}
+    #[inline(always)]
     fn splat(self, x: f32) -> [f32; 16] {
         [x; 16]
     }
@@ -41,10 +46,6 @@ impl Simd for Portable {
     #[inline(always)]
     fn load_f16(self, from: &[f16; 16]) -> [f32; 16] {
         map(|i| from[i].to_f32())
-    }
-    #[inline(always)]
-    fn load_bf16(self, from: &[bf16; 16]) -> [f32; 16] {
-        map(|i| f32::from_bits(u32::from(from[i].to_bits()) << 16))
     }
     #[inline(always)]
     fn load_i8(self, from: &[i8; 16]) -> [f32; 16] {
@@ -64,6 +65,24 @@ impl Simd for Portable {
         map(|i| a[i] * b[i] + c[i])
     }
     #[inline(always)]
+    fn max(self, a: [f32; 16], b: [f32; 16]) -> [f32; 16] {
+        map(|i| if a[i] > b[i] { a[i] } else { b[i] })
+    }
+    #[inline(always)]
+    fn round(self, x: [f32; 16]) -> [f32; 16] {
+        /// Adding it leaves no room for a fraction.
+        const ROUND: f32 = 12_582_912.0;
+        map(|i| (x[i] + ROUND) - ROUND)
+    }
+    #[inline(always)]
+    fn scale(self, x: [f32; 16], n: [f32; 16]) -> [f32; 16] {
+        map(|i| x[i] * f32::from_bits(((n[i].max(-127.0) as i32 + 127) << 23) as u32))
+    }
+    #[inline(always)]
+    fn highest(self, x: [f32; 16]) -> f32 {
+        x.into_iter().fold(f32::NEG_INFINITY, f32::max)
+    }
+    #[inline(always)]
     fn sum(self, x: [f32; 16]) -> f32 {
         let mut x = x;
         for half in [8, 4, 2, 1] {
@@ -78,6 +97,10 @@ impl Simd for Portable {
         map(|i| map(|j| x[j][i]))
     }
 
+    #[inline(always)]
+    fn store_i8(self, x: [f32; 16], to: &mut [i8; 16]) {
+        *to = x.map(|x| x as i8);
+    }
     #[inline(always)]
     fn load_bytes(self, from: &[u8; 64]) -> [u8; 64] {
         *from
@@ -99,7 +122,7 @@ impl Simd for Portable {
         sum.map(|x| x as f32)
     }
     #[inline(always)]
-    fn byte_zero(self) -> [i32; 16] {
+    fn byte_start(self, _shifted: i32) -> [i32; 16] {
         [0; 16]
     }
     #[inline(always)]
@@ -109,5 +132,36 @@ impl Simd for Portable {
     #[inline(always)]
     fn byte_total(self, sum: [i32; 16]) -> [f32; 16] {
         sum.map(|x| x as f32)
+    }
+
+    #[inline(always)]
+    fn widen(self, pairs: [u8; 64]) -> ([f32; 16], [f32; 16]) {
+        let half = |at: usize| f32::from_bits(u32::from_le_bytes([0, 0, pairs[at], pairs[at + 1]]));
+        (map(|i| half(4 * i)), map(|i| half(4 * i + 2)))
+    }
+    #[inline(always)]
+    fn interleave(self, first: &[bf16; 16], second: &[bf16; 16]) -> [u8; 64] {
+        bytemuck::cast(map(|i| [first[i], second[i]]))
+    }
+    #[inline(always)]
+    fn pair_dot(self, sum: [f32; 16], w: [u8; 64], x: [bf16; 2]) -> [f32; 16] {
+        let (even, odd) = self.widen(w);
+        let sum = self.fma(even, self.splat(x[0].to_f32()), sum);
+        self.fma(odd, self.splat(x[1].to_f32()), sum)
+    }
+
+    type Unit = NoUnit;
+
+    #[inline(always)]
+    fn unit(self) -> Option<NoUnit> {
+        None
+    }
+    #[inline(always)]
+    fn convert(self, from: &[i32; 16]) -> [f32; 16] {
+        from.map(|x| x as f32)
+    }
+    #[inline(always)]
+    fn store_bytes(self, x: [u8; 64], to: &mut [u8; 64]) {
+        *to = x;
     }
 }

@@ -30,7 +30,7 @@ pub fn rigs(test: &str) -> Vec<Rig> {
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
     let seed = now.as_nanos() as u64 | 1;
     let mut rigs = Vec::new();
-    for isa in [IsaChoice::Avx2, IsaChoice::Portable] {
+    for isa in [IsaChoice::Amx, IsaChoice::Avx512, IsaChoice::Avx2, IsaChoice::Portable] {
         for precision in [Precision::Native, Precision::Exact] {
             let options = CpuOptions { threads: Some(3), precision, isa, ..CpuOptions::default() };
             match CpuBackend::new(options) {
@@ -44,6 +44,19 @@ pub fn rigs(test: &str) -> Vec<Rig> {
 }
 
 impl Rig {
+    /// How far a product with these types may be from that of unrounded activations: 8 bits for
+    /// block types, and two bf16 for bf16 where the machine multiplies that.
+    pub fn tolerance(&self, types: &[DType]) -> f64 {
+        let native = self.precision == Precision::Native;
+        let splits = native && self.b.name().contains("AVX-512");
+        let of = |dtype: &DType| match dtype {
+            DType::BF16 if splits => 3e-5,
+            dtype if dtype.is_quantized() && native => 1.5e-2,
+            _ => 2e-6,
+        };
+        types.iter().map(of).fold(0.0, f64::max)
+    }
+
     pub fn bits(&mut self) -> u32 {
         self.state = self
             .state
@@ -99,6 +112,10 @@ impl Rig {
     pub fn get(&self, tensor: &Tensor) -> Vec<f32> {
         let bytes = self.b.download(tensor).unwrap().wait().unwrap();
         match tensor.dtype() {
+            DType::BF16 => bytemuck::allocation::pod_collect_to_vec::<u8, bf16>(&bytes)
+                .into_iter()
+                .map(bf16::to_f32)
+                .collect(),
             DType::F16 => bytemuck::allocation::pod_collect_to_vec::<u8, f16>(&bytes)
                 .into_iter()
                 .map(f16::to_f32)
