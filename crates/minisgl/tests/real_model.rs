@@ -85,7 +85,6 @@ fn ways() -> Vec<(&'static str, RuntimeOptions)> {
         ("pages of 64", RuntimeOptions { page_size: Some(64), ..exact() }),
         ("chunks of 32", RuntimeOptions { max_prefill_length: Some(32), ..exact() }),
         ("one at a time", RuntimeOptions { max_running_requests: Some(1), ..exact() }),
-        ("two ranks", RuntimeOptions { tp: Some(2), ..exact() }),
         ("preempted", RuntimeOptions { num_pages: Some(26), ..exact() }),
         // Three KV heads: one for the first rank, two for the second.
         ("two ranks", RuntimeOptions { tp: Some(2), threads: Some(1), ..exact() }),
