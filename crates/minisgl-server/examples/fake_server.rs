@@ -53,6 +53,8 @@ async fn main() -> Result<()> {
     let args = Args::parse();
     let mut engine = FakeOptions::default();
     engine.limits.slots = args.max_running_requests;
+    // So that it is never the pages for want of which a request waits.
+    engine.limits.pages = 1 << 16;
     engine.step_time.0 = Duration::from_micros(args.step_us);
     if args.endless {
         engine.limits.vocab_size = 128;
