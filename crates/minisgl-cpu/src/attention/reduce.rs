@@ -229,7 +229,7 @@ fn weigh<S: Simd>(
     let origin = s.splat(if top == f32::NEG_INFINITY { 0.0 } else { -top });
     let mut sum = s.splat(0.0);
     for (group, loaded) in scores.0.iter_mut().zip(loaded) {
-        let weights = math::exp_vector(s, s.add(loaded, origin));
+        let weights = s.exp(s.add(loaded, origin));
         s.store(weights, &mut group.0[query]);
         sum = s.add(sum, weights);
     }

@@ -113,14 +113,12 @@ impl Simd for Avx2 {
     fn round(self, x: Self::F32) -> Self::F32 {
         both!(|i| _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(x[i]))
     }
-    /// The exponent's bits are n + 127; those of 0 make 0.
     #[inline(always)]
-    fn scale(self, x: Self::F32, n: Self::F32) -> Self::F32 {
-        both!(|i| {
-            let n = _mm256_max_ps(n[i], _mm256_set1_ps(-127.0));
-            let bits = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
-            _mm256_mul_ps(x[i], _mm256_castsi256_ps(_mm256_slli_epi32::<23>(bits)))
-        })
+    fn exp(self, x: Self::F32) -> Self::F32 {
+        let mut lanes = [0.0; 16];
+        self.store(x, &mut lanes);
+        lanes.iter_mut().for_each(|x| *x = super::math::exp(*x));
+        self.load(&lanes)
     }
     #[inline(always)]
     fn highest(self, x: Self::F32) -> f32 {

@@ -3,12 +3,12 @@
 
 use minisgl_tensor::Activation;
 
-use super::Simd;
-
-const LN2_HIGH: f32 = 0.693_359_4;
-const LN2_LOW: f32 = -2.121_944_4e-4;
+/// ln 2 in two parts, the upper with few bits.
+pub const LN2_HIGH: f32 = 0.693_359_4;
+/// The lower.
+pub const LN2_LOW: f32 = -2.121_944_4e-4;
 /// The minimax polynomial of Cephes' expf.
-const EXP: [f32; 6] =
+pub const EXP: [f32; 6] =
     [1.987_569_1e-4, 1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 5e-1];
 
 /// `eˣ` to about one unit in the last place; exactly 1 at 0; 0 below −87.
@@ -27,20 +27,6 @@ pub fn exp(x: f32) -> f32 {
     let y = (p * r * r + r) + 1.0;
     let two_n = f32::from_bits((shifted.to_bits() << 23).wrapping_add(127 << 23));
     if x < -87.0 { 0.0 } else { y * two_n }
-}
-
-/// The same for sixteen lanes; 0 below −97.
-#[inline(always)]
-pub fn exp_vector<S: Simd>(s: S, x: S::F32) -> S::F32 {
-    let x = s.max(x, s.splat(-100.0));
-    let n = s.round(s.mul(x, s.splat(std::f32::consts::LOG2_E)));
-    let r = s.fma(n, s.splat(-LN2_HIGH), x);
-    let r = s.fma(n, s.splat(-LN2_LOW), r);
-    let mut p = s.splat(EXP[0]);
-    for &c in &EXP[1..] {
-        p = s.fma(p, r, s.splat(c));
-    }
-    s.scale(s.add(s.fma(s.mul(p, r), r, r), s.splat(1.0)), n)
 }
 
 /// `activation(x)`.

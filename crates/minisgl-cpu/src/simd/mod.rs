@@ -78,8 +78,8 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn max(self, a: Self::F32, b: Self::F32) -> Self::F32;
     /// To the nearest integer.
     fn round(self, x: Self::F32) -> Self::F32;
-    /// `x · 2ⁿ` for a whole n below 128; 0 where n is below −140.
-    fn scale(self, x: Self::F32, n: Self::F32) -> Self::F32;
+    /// As `math::exp`.
+    fn exp(self, x: Self::F32) -> Self::F32;
     /// The largest lane.
     fn highest(self, x: Self::F32) -> f32;
     /// The sum of all lanes, in an order of its own that never changes.

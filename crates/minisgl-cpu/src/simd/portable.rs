@@ -75,8 +75,8 @@ impl Simd for Portable {
         map(|i| (x[i] + ROUND) - ROUND)
     }
     #[inline(always)]
-    fn scale(self, x: [f32; 16], n: [f32; 16]) -> [f32; 16] {
-        map(|i| x[i] * f32::from_bits(((n[i].max(-127.0) as i32 + 127) << 23) as u32))
+    fn exp(self, x: [f32; 16]) -> [f32; 16] {
+        map(|i| super::math::exp(x[i]))
     }
     #[inline(always)]
     fn highest(self, x: [f32; 16]) -> f32 {
