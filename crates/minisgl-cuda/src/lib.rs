@@ -5,9 +5,10 @@
 //! compiled for the card's own architecture at first use and kept as cubins on disk.
 //!
 //! Reading order: `device` (context, stream, memory, launches), `staging` (copies), `kernels`
-//! (compiling and caching), `gemm` and `tuning` (cuBLASLt), `weights`, and `backend` with its operations in
-//! `linear`, `narrow`, `rope`, `attention`, `decode`, `moe` and `sampling`; `choice` is which attention kernels run. Several cards: `collective`, over
-//! `mailbox` (peer memory) and `nccl`; `group` is what ends them together.
+//! (compiling and caching), `gemm` and `tuning` (cuBLASLt), `weights`, and `backend` with its
+//! operations in `linear`, `narrow`, `rope`, `attention`, `decode`, `moe` and `sampling`; `choice` is
+//! which attention kernels run. Several cards: `collective`, over `mailbox` (peer memory) and `nccl`;
+//! `group` is what ends them together. `fault` breaks things on purpose.
 
 mod attention;
 mod backend;
