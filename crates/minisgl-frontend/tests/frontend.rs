@@ -216,7 +216,9 @@ fn a_failing_engine_answers_everybody_and_says_so() {
         options.fail_at = Some(10);
         options.step_time.0 = Duration::from_millis(20);
     });
-    let generations: Vec<_> = (0..4).map(|_| frontend.submit(request("x", 100)).unwrap()).collect();
+    let mut long = request("x", 100);
+    long.params.ignore_eos = true;
+    let generations: Vec<_> = (0..4).map(|_| frontend.submit(long.clone()).unwrap()).collect();
     for generation in generations {
         assert!(matches!(read_one(generation).reason, FinishReason::Error(_)));
     }
