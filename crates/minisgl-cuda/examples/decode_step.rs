@@ -6,7 +6,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use minisgl_cuda::{CudaBackend, CudaOptions};
+use minisgl_cuda::{CudaBackend, CudaOptions, Products};
 use minisgl_tensor::*;
 
 struct Shape {
@@ -83,7 +83,9 @@ struct Step {
 fn main() -> Result<()> {
     let started = Instant::now();
     let b = CudaBackend::new(CudaOptions { device: 0, precision: Precision::Native })?;
-    b.set_products_by_library(!std::env::args().any(|arg| arg == "narrow"));
+    if std::env::args().any(|arg| arg == "narrow") {
+        b.set_products(Products::Narrow);
+    }
     println!("{}: backend ready in {:.2} s", b.name(), started.elapsed().as_secs_f64());
     let wanted: Vec<String> = std::env::args().skip(1).collect();
     let mut batches: Vec<usize> = wanted.iter().filter_map(|w| w.parse().ok()).collect();

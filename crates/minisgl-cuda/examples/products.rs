@@ -1,10 +1,11 @@
 //! Times each matrix product of Qwen3-0.6B's and Qwen3-14B's decoders alone, with the norm in front and
-//! what follows it: through cuBLASLt, and as the backend chooses. `products [0.6b] [14b] [BATCH ...]`.
+//! what follows it: through cuBLASLt, and by our own kernels where they can take it.
+//! `products [0.6b] [14b] [BATCH ...]`.
 #![expect(clippy::print_stdout, reason = "this program's output is its table")]
 
 use std::time::Instant;
 
-use minisgl_cuda::{CudaBackend, CudaOptions};
+use minisgl_cuda::{CudaBackend, CudaOptions, Products};
 use minisgl_tensor::*;
 
 /// `[n, k]` of the weights, and what is fused with the product.
@@ -39,7 +40,7 @@ fn main() -> Result<()> {
     let models = [("0.6b", 1024, 3072, 2048), ("14b", 5120, 17408, 5120)];
     let every = models.iter().all(|m| !wanted.iter().any(|w| w == m.0));
     let b = CudaBackend::new(CudaOptions { device: 0, precision: Precision::Native })?;
-    println!("{}; a product, microseconds: batch: cuBLASLt, as chosen", b.name());
+    println!("{}; a product, microseconds: batch: cuBLASLt, kernels", b.name());
     for (name, hidden, inner, q) in models {
         if every || wanted.iter().any(|w| w == name) {
             for product in products(hidden, inner, q, 1024) {
@@ -77,8 +78,8 @@ fn line(b: &CudaBackend, p: &Product, batches: &[usize]) -> Result<String> {
             if p.gated { b.gated_linear(&a, Activation::Silu, &out) } else { b.linear(&a, &out) }
         };
         let mut times = [0.0; 2];
-        for (library, time) in [true, false].into_iter().zip(&mut times) {
-            b.set_products_by_library(library);
+        for (products, time) in [Products::Library, Products::Narrow].into_iter().zip(&mut times) {
+            b.set_products(products);
             run(&weights[0])?;
             b.synchronize()?;
             let graph = b.capture(&mut || weights.iter().try_for_each(run))?.expect("a graph");

@@ -2,8 +2,7 @@
 
 use std::any::Any;
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use cudarc::driver::{result, sys};
@@ -29,6 +28,19 @@ pub struct CudaOptions {
     pub precision: Precision,
 }
 
+/// What takes matrix products with bf16 weights.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Products {
+    /// cuBLASLt, whatever the number of rows.
+    Library,
+    /// Those of up to 16 rows `kernels/stream.cu` or `gemv.cu`, cuBLASLt the others.
+    #[default]
+    Few,
+    /// As `Few`, but `kernels/narrow.cu` those of 17 to 64 rows that it can take. It is not the default
+    /// yet: docs/benchmarks/h200-operations.md says why.
+    Narrow,
+}
+
 /// One card, as the engine sees it.
 pub struct CudaBackend {
     pub(crate) device: Arc<Device>,
@@ -39,7 +51,7 @@ pub struct CudaBackend {
     pub(crate) attention: AttentionKernels,
     pub(crate) fault: Option<Fault>,
     scratch: Mutex<HashMap<&'static str, Vec<Tensor>>>,
-    by_library: AtomicBool,
+    products: Mutex<Products>,
 }
 
 impl CudaBackend {
@@ -75,8 +87,7 @@ impl CudaBackend {
             attention: AttentionKernels::default(),
             fault: Fault::from_environment(),
             scratch: Mutex::default(),
-            // `narrow.cu` is not the default yet: docs/benchmarks/h200-operations.md says why.
-            by_library: AtomicBool::new(true),
+            products: Mutex::default(),
         })
     }
 
@@ -122,14 +133,13 @@ impl CudaBackend {
         unsafe { self.device.launch(function, shape, args) }
     }
 
-    /// Sends the products of 17 to 64 rows to cuBLASLt, as is the default, or those that it can take to
-    /// `kernels/narrow.cu`.
-    pub fn set_products_by_library(&self, on: bool) {
-        self.by_library.store(on, Ordering::Relaxed);
+    /// Has these kernels take matrix products from here on: what tests and benchmarks compare.
+    pub fn set_products(&self, products: Products) {
+        *self.products.lock().unwrap_or_else(PoisonError::into_inner) = products;
     }
 
-    pub(crate) fn by_library(&self) -> bool {
-        self.by_library.load(Ordering::Relaxed)
+    pub(crate) fn products(&self) -> Products {
+        *self.products.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Weights drawn from a normal distribution, made on the card: what benchmarks run on.

@@ -32,7 +32,7 @@ mod tiles;
 mod tuning;
 mod weights;
 
-pub use backend::{CudaBackend, CudaOptions};
+pub use backend::{CudaBackend, CudaOptions, Products};
 pub use choice::{AttentionKernels, DecodeKernel, PrefillKernel};
 pub use collective::{GroupOptions, Transport, group};
 pub use device::devices;

@@ -2,7 +2,7 @@
 
 use minisgl_tensor::{Activation, Backend, DType, Linear, Result, Store, Tensor};
 
-use crate::backend::{CudaBackend, norm_args};
+use crate::backend::{CudaBackend, Products, norm_args};
 use crate::device::{Launch, args};
 use crate::gemm::Product;
 use crate::kernels::Module;
@@ -83,7 +83,7 @@ impl CudaBackend {
     fn prefers_gemv(&self, a: &Linear<'_>) -> bool {
         let weight = tensor(a.weight);
         !self.exact
-            && !self.by_library()
+            && self.products() != Products::Library
             && a.x.dim(0) <= GEMV_ROWS_MAX
             && match self.streams() {
                 true => weight.row_len() <= STREAM_ROW_MAX,

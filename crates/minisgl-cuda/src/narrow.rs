@@ -2,7 +2,7 @@
 
 use minisgl_tensor::{Activation, DType, Linear, Result, Store, Tensor};
 
-use crate::backend::{CudaBackend, norm_args};
+use crate::backend::{CudaBackend, Products, norm_args};
 use crate::device::{Launch, address_of};
 use crate::kernels::Module;
 use crate::linear::GEMV_ROWS_MAX;
@@ -89,7 +89,7 @@ impl CudaBackend {
         let (weight, rows) = (tensor(a.weight), a.x.dim(0));
         let rows_max = if gated || a.norm.is_some() { NORMED_ROWS_MAX } else { ROWS_MAX };
         self.has_warpgroups()
-            && !self.by_library()
+            && self.products() == Products::Narrow
             && (GEMV_ROWS_MAX + 1..=rows_max).contains(&rows)
             && weight.elements() <= ELEMENTS_MAX
             && weight.row_len().is_multiple_of(8)

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use half::bf16;
-use minisgl_cuda::{CudaBackend, CudaOptions};
+use minisgl_cuda::{CudaBackend, CudaOptions, Products};
 use minisgl_tensor::*;
 
 struct Rng(u64);
@@ -186,8 +186,14 @@ fn linear_and_norms() {
             (64, 1024, 3072),
         ] {
             // Products that two kernels can take are taken by both.
-            for by_library in if (17..=64).contains(&m) { vec![false, true] } else { vec![true] } {
-                r.b.set_products_by_library(by_library);
+            let all = [Products::Library, Products::Few, Products::Narrow];
+            let ways = match m {
+                ..=16 => &all[..2],
+                17..=64 => &all[1..],
+                _ => &all[1..2],
+            };
+            for &products in ways {
+                r.b.set_products(products);
                 linear_case(&mut r, m, n, k);
             }
         }
