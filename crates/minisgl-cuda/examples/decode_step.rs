@@ -1,6 +1,7 @@
 //! Times a whole decode step and a prefill step, operation by operation as the engine calls them,
 //! of Qwen3-0.6B's and Qwen3-14B's shapes on random weights: `decode_step [0.6b] [14b]
-//! [BATCH ...] [narrow]`; `narrow` switches `kernels/narrow.cu` on.
+//! [BATCH ...] [narrow] [halves:BLOCKS ...]`; `narrow` switches `kernels/narrow.cu` on, `halves` adds
+//! the step as two halves side by side, where attention has so many blocks.
 #![expect(clippy::print_stdout, reason = "this program's output is its table")]
 
 use std::sync::Arc;
@@ -89,13 +90,15 @@ fn main() -> Result<()> {
     println!("{}: backend ready in {:.2} s", b.name(), started.elapsed().as_secs_f64());
     let wanted: Vec<String> = std::env::args().skip(1).collect();
     let mut batches: Vec<usize> = wanted.iter().filter_map(|w| w.parse().ok()).collect();
+    let blocks = wanted.iter().filter_map(|w| w.strip_prefix("halves:"));
+    let halves: Vec<usize> = blocks.filter_map(|blocks| blocks.parse().ok()).collect();
     let prefill = batches.is_empty();
     if prefill {
         batches = vec![1, 8, 16, 32, 64, 128, 256];
     }
     let every = SHAPES.iter().all(|s| !wanted.iter().any(|w| w == s.name));
     for shape in SHAPES.iter().filter(|s| every || wanted.iter().any(|w| w == s.name)) {
-        let model = bench(&b, shape, &batches)?;
+        let model = bench(&b, shape, &batches, &halves)?;
         if prefill {
             bench_prefill(&model)?;
         }
@@ -103,7 +106,12 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-fn bench<'a>(b: &'a CudaBackend, shape: &'a Shape, batches: &[usize]) -> Result<Model<'a>> {
+fn bench<'a>(
+    b: &'a CudaBackend,
+    shape: &'a Shape,
+    batches: &[usize],
+    halves: &[usize],
+) -> Result<Model<'a>> {
     let started = Instant::now();
     let slots = 256;
     let pages = slots * 640 / PAGE + 1;
@@ -142,6 +150,25 @@ fn bench<'a>(b: &'a CudaBackend, shape: &'a Shape, batches: &[usize]) -> Result<
             "{rows:4} | {:.3} | {:.3} | {:.3} | {:.3} | {first:.2} {captured:.2}",
             times[0].1, times[1].1, times[2].1, times[3].1
         );
+        for &blocks in halves.iter().filter(|_| rows > 8) {
+            let mut step =
+                Step { batch: Batch { host: None, ..step.batch.clone() }, ..step.share() };
+            step.batch.kv_len_max = 4096;
+            let parts = step.halves();
+            b.set_lane_attention_blocks(blocks);
+            let mut forward = || {
+                let [first, second] = &parts;
+                b.side_by_side(&mut [&mut || model.layers(first, ALL), &mut || {
+                    model.layers(second, ALL)
+                }])?;
+                model.tail(&step, ALL)
+            };
+            forward()?;
+            b.synchronize()?;
+            let graph = b.capture(&mut forward)?.expect("CUDA has graphs");
+            let time = median(b, 30, || graph.launch())?;
+            println!("     | {time:.3} as two halves, attention on {blocks} blocks");
+        }
     }
     Ok(model)
 }
@@ -227,6 +254,11 @@ impl<'a> Model<'a> {
     }
 
     fn forward(&self, s: &Step, parts: Parts) -> Result<()> {
+        self.layers(s, parts)?;
+        self.tail(s, parts)
+    }
+
+    fn layers(&self, s: &Step, parts: Parts) -> Result<()> {
         let (b, heads) = (self.b, self.shape.heads);
         let linear = |x: &Tensor, norm: Option<&Norm>, weight: &Weight, store, out: &Tensor| {
             if !parts.linear {
@@ -268,10 +300,25 @@ impl<'a> Model<'a> {
             }
             linear(&s.mid, None, &layer.down, Store::Add, &s.x)?;
         }
+        Ok(())
+    }
+
+    /// What follows the layers: the head, and a token a row.
+    fn tail(&self, s: &Step, parts: Parts) -> Result<()> {
+        let b = self.b;
         if parts.rest {
             b.gather(&s.x, &s.last, &s.rows_x)?;
         }
-        linear(&s.rows_x, Some(&self.norm), &self.table, Store::Set, &s.logits)?;
+        if parts.linear {
+            let args = Linear {
+                x: &s.rows_x,
+                norm: Some(&self.norm),
+                weight: &self.table,
+                bias: None,
+                store: Store::Set,
+            };
+            b.linear(&args, &s.logits)?;
+        }
         if parts.rest {
             let [temperature, top_k, top_p, min_p, seed, position, slots, tokens] = &s.sample;
             let token_table = &self.token_table;
@@ -364,6 +411,25 @@ impl Step {
                 ints(vec![0; n], &[n])?,
             ],
         })
+    }
+
+    /// The layers' part of two halves of the rows, over the same memory.
+    fn halves(&self) -> [Self; 2] {
+        let half = (self.batch.rows / 2).next_multiple_of(8);
+        let [first, second] = self.batch.split_decode(half);
+        let part = |batch, range: std::ops::Range<usize>| {
+            let rows = |tensor: &Tensor| tensor.rows(range.clone());
+            Self {
+                batch,
+                input_ids: rows(&self.input_ids),
+                x: rows(&self.x),
+                qkv: rows(&self.qkv),
+                attended: rows(&self.attended),
+                mid: rows(&self.mid),
+                ..self.share()
+            }
+        };
+        [part(first, 0..half), part(second, half..self.batch.rows)]
     }
 
     /// Another step over the same memory.

@@ -50,7 +50,8 @@ pub struct CudaBackend {
     pub(crate) exact: bool,
     pub(crate) attention: AttentionKernels,
     pub(crate) fault: Option<Fault>,
-    scratch: Mutex<HashMap<&'static str, Vec<Tensor>>>,
+    /// By lane and name.
+    scratch: Mutex<HashMap<(usize, &'static str), Vec<Tensor>>>,
     products: Mutex<Products>,
 }
 
@@ -112,7 +113,7 @@ impl CudaBackend {
         shape: &[usize],
     ) -> Result<Tensor> {
         let mut all = self.scratch.lock().map_err(|_| fail("the scratch table is poisoned"))?;
-        let list = all.entry(name).or_default();
+        let list = all.entry((self.device.lanes.current(), name)).or_default();
         let bytes = dtype
             .bytes_of(shape.iter().product())
             .ok_or_else(|| fail("scratch of no whole blocks"))?;
@@ -140,6 +141,12 @@ impl CudaBackend {
 
     pub(crate) fn products(&self) -> Products {
         *self.products.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How many blocks decode attention has in a lane of `side_by_side`, to measure what is best; 0 is
+    /// the default, three quarters of the multiprocessors.
+    pub fn set_lane_attention_blocks(&self, blocks: usize) {
+        self.device.lanes.set_attention_blocks(blocks);
     }
 
     /// Weights drawn from a normal distribution, made on the card: what benchmarks run on.
@@ -229,6 +236,10 @@ impl Backend for CudaBackend {
             .result()
             .map_err(|e| driver("cuGraphUpload", e))?;
         Ok(Some(Box::new(CudaGraph { device: Arc::clone(&self.device), executable })))
+    }
+
+    fn side_by_side(&self, lanes: &mut [&mut dyn FnMut() -> Result<()>]) -> Result<()> {
+        self.device.side_by_side(lanes)
     }
 
     fn matrix(&self, parts: &[HostTensor<'_>], _precision: Precision) -> Result<Weight> {

@@ -112,7 +112,8 @@ impl CudaBackend {
         out: &Tensor,
     ) -> Result<()> {
         let (batch, Heads { q, kv, dim }) = (a.batch, a.heads);
-        let (rows, group, blocks) = (batch.decode_rows, q / kv, self.device.multiprocessors);
+        let (rows, group) = (batch.decode_rows, q / kv);
+        let blocks = self.device.lanes.attention_blocks(self.device.multiprocessors);
         let Block { warps, stages, shared } = Block::new(a.heads, rows, self.device.capability)
             .ok_or_else(|| fail(format!("{:?} do not fit the decode kernel", a.heads)))?;
         let (q_norm, q_eps, q_shift) = norm_args(store.q_norm);

@@ -1,4 +1,4 @@
-//! A card: its context, the one stream that everything runs on, memory and launches.
+//! A card: its context, the streams that everything runs on, memory and launches.
 
 use std::ffi::c_void;
 use std::sync::{Arc, OnceLock};
@@ -7,12 +7,15 @@ use cudarc::driver::{DriverError, result, sys};
 use minisgl_tensor::{BackendError, Memory, MemoryInfo, Result, Tensor};
 
 use crate::group::Group;
+use crate::lanes::Lanes;
 
-/// The context and the stream of one card.
+/// The context and the streams of one card.
 pub(crate) struct Device {
     pub(crate) context: sys::CUcontext,
     pub(crate) handle: sys::CUdevice,
+    /// Everything runs on this one, but what runs side by side: see `current_stream`.
     pub(crate) stream: sys::CUstream,
+    pub(crate) lanes: Lanes,
     pub(crate) name: String,
     /// Compute capability: `(9, 0)`.
     pub(crate) capability: (i32, i32),
@@ -84,6 +87,7 @@ impl Device {
             handle,
             stream: result::stream::create(result::stream::StreamKind::NonBlocking)
                 .map_err(|e| driver("cuStreamCreate", e))?,
+            lanes: Lanes::new()?,
             name: result::device::get_name(handle).map_err(|e| driver("cuDeviceGetName", e))?,
             capability,
             multiprocessors: attribute(A::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize,
@@ -118,7 +122,7 @@ impl Device {
         let memory = DeviceMemory { device: Arc::clone(self), address, bytes: bytes.max(16) };
         if !self.is_capturing()? {
             // SAFETY: the range was just allocated.
-            unsafe { result::memset_d8_async(address, 0, memory.bytes, self.stream) }
+            unsafe { result::memset_d8_async(address, 0, memory.bytes, self.current_stream()) }
                 .map_err(|e| driver("cuMemsetD8Async", e))?;
         } else {
             // SAFETY: as above; the legacy stream is not being captured.
@@ -130,7 +134,7 @@ impl Device {
 
     pub(crate) fn is_capturing(&self) -> Result<bool> {
         // SAFETY: the stream lives as long as `self`.
-        let status = unsafe { result::stream::is_capturing(self.stream) }
+        let status = unsafe { result::stream::is_capturing(self.current_stream()) }
             .map_err(|e| driver("cuStreamIsCapturing", e))?;
         Ok(status != sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE)
     }
@@ -252,11 +256,14 @@ impl Device {
             ),
         ];
         // Both are new with 9.0.
-        let count = match (self.capability.0, shape.cluster) {
-            (..9, _) => 0,
-            (_, 1) => 1,
-            _ => 2,
+        let used = match (self.capability.0, shape.cluster) {
+            (..9, _) => 0..0,
+            (_, 1) => 0..1,
+            _ => 0..2,
         };
+        // Behind another lane's work, a kernel starts when all of that is done.
+        let used = if self.lanes.take_crossing() { used.end.min(1)..used.end } else { used };
+        let attributes = &mut attributes[used];
         let config = sys::CUlaunchConfig {
             gridDimX: shape.grid[0] as u32,
             gridDimY: shape.grid[1] as u32,
@@ -265,9 +272,9 @@ impl Device {
             blockDimY: 1,
             blockDimZ: 1,
             sharedMemBytes: shape.shared as u32,
-            hStream: self.stream,
+            hStream: self.current_stream(),
             attrs: attributes.as_mut_ptr(),
-            numAttrs: count,
+            numAttrs: attributes.len() as u32,
         };
         // SAFETY: config and arguments outlive the call; the driver copies both.
         unsafe {
@@ -288,6 +295,7 @@ impl Drop for Device {
         if self.bind().is_ok() {
             // SAFETY: nobody else holds the stream or this retain of the context.
             unsafe {
+                self.lanes.destroy();
                 let _ = result::stream::destroy(self.stream);
                 let _ = result::primary_ctx::release(self.handle);
             }

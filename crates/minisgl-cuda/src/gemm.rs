@@ -7,6 +7,7 @@ use cudarc::driver::sys::CUstream;
 use minisgl_tensor::{DType, Memory, Result, Tensor};
 
 use crate::device::{Device, DeviceMemory, fail};
+use crate::lanes::LANES;
 use crate::tuning::{Algorithms, Shape, Stopwatch};
 
 const WORKSPACE: usize = 64 << 20;
@@ -25,7 +26,8 @@ pub(crate) struct Product<'a> {
 pub(crate) struct Gemm {
     device: Arc<Device>,
     handle: sys::cublasLtHandle_t,
-    workspace: Arc<DeviceMemory>,
+    /// Products that run side by side have one each.
+    workspaces: [Arc<DeviceMemory>; LANES],
     algorithms: Algorithms,
     /// Made when there is something to time.
     stopwatch: Mutex<Option<Stopwatch>>,
@@ -49,7 +51,7 @@ impl Gemm {
         Ok(Self {
             device: Arc::clone(device),
             handle: lt::create_handle().map_err(|e| fail(format!("cublasLtCreate: {e}")))?,
-            workspace: device.alloc(WORKSPACE)?,
+            workspaces: [device.alloc(WORKSPACE)?, device.alloc(WORKSPACE)?],
             // SAFETY: asks for a number.
             algorithms: Algorithms::open(&device.name, unsafe { sys::cublasLtGetVersion() }),
             stopwatch: Mutex::default(),
@@ -75,12 +77,9 @@ impl Gemm {
                 algorithm
             }
         };
-        self.enqueue(
-            &plan,
-            product,
-            product.out,
-            (&algorithm, self.workspace.address(), self.device.stream),
-        )
+        let workspace = self.workspaces[self.device.lanes.current()].address();
+        let stream = self.device.current_stream();
+        self.enqueue(&plan, product, product.out, (&algorithm, workspace, stream))
     }
 
     /// Times the heuristic's candidates, on a stream, a workspace and into an output of their own.

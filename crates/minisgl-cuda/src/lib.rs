@@ -5,7 +5,7 @@
 //! compiled for the card's own architecture at first use and kept as cubins on disk.
 //!
 //! Reading order: `device` (context, stream, memory, launches), `staging` (copies), `kernels`
-//! (compiling and caching), `gemm` and `tuning` (cuBLASLt), `weights`, and `backend` with its
+//! (compiling and caching), `lanes` (work side by side), `gemm` and `tuning` (cuBLASLt), `weights`, and `backend` with its
 //! operations in `linear`, `narrow`, `rope`, `attention`, `decode`, `moe` and `sampling`; `choice` is
 //! which attention kernels run. Several cards: `collective`, over `mailbox` (peer memory) and `nccl`;
 //! `group` is what ends them together. `fault` breaks things on purpose.
@@ -20,6 +20,7 @@ mod fault;
 mod gemm;
 mod group;
 mod kernels;
+mod lanes;
 mod linear;
 mod mailbox;
 mod moe;

@@ -38,6 +38,7 @@ pub struct LoadedRank {
     shares: Shares,
     page_size: usize,
     graph_batch_max: usize,
+    two_batch_min: usize,
     /// `[2, rows] I32`: tokens to score and their targets.
     score_inputs: Tensor,
 }
@@ -82,6 +83,7 @@ impl LoadedRank {
             inputs: Inputs::new(backend, sizes, options.page_size, seq_len_max)?,
             score_inputs: backend.alloc(DType::I32, &[2, sizes.rows])?,
             graph_batch_max: options.graph_batch_max.min(sizes.rows),
+            two_batch_min: options.two_batch_min,
             page_size: options.page_size,
             devices,
             config,
@@ -133,7 +135,7 @@ impl Rank {
             return sampler::sample(&*backend, &self.loaded.workspace, plan, &inputs, &logits);
         }
         let ctx = self.ctx(&inputs.batch, &inputs.ids);
-        self.loaded.model.forward(&ctx)?;
+        self.forward(&ctx)?;
         // Scores come first: they and the sampled rows' logits share a buffer.
         let scores = self.score(&ctx, plan)?;
         let mut collected = match sampled {
@@ -145,6 +147,31 @@ impl Rank {
         };
         collected.add_scores(scores);
         Ok(collected)
+    }
+
+    /// The forward pass: of many decode rows, that of both halves side by side.
+    fn forward(&self, ctx: &ForwardCtx<'_>) -> Result<(), BackendError> {
+        let LoadedRank { model, two_batch_min, .. } = &self.loaded;
+        let rows = ctx.batch.decode_rows;
+        // Two streams would issue collectives in an order of their own on each rank.
+        let splits = rows == ctx.batch.rows
+            && rows > 8
+            && *two_batch_min > 0
+            && rows >= *two_batch_min
+            && ctx.collective.size() == 1;
+        if !splits {
+            return model.forward(ctx);
+        }
+        // Kernels read a row's numbers four at a time, and multiply eight rows at a time.
+        let half = (rows / 2).next_multiple_of(8);
+        let [first, second] = ctx.batch.split_decode(half);
+        let workspace = ctx.workspace.behind(half);
+        let [first_ids, second_ids] = [0..half, half..rows].map(|range| ctx.input_ids.rows(range));
+        let first = ForwardCtx { batch: &first, input_ids: &first_ids, ..*ctx };
+        let second =
+            ForwardCtx { batch: &second, input_ids: &second_ids, workspace: &workspace, ..*ctx };
+        ctx.backend
+            .side_by_side(&mut [&mut || model.forward(&first), &mut || model.forward(&second)])
     }
 
     fn logits(&self, ctx: &ForwardCtx<'_>, inputs: &StepInputs) -> Result<Tensor, BackendError> {
@@ -192,7 +219,7 @@ impl Rank {
         let ctx = self.ctx(&batch, &inputs.ids);
         let mut logits = None;
         let mut forward = || {
-            self.loaded.model.forward(&ctx)?;
+            self.forward(&ctx)?;
             logits = Some(self.loaded.model.head().forward(&ctx, &ctx.hidden())?);
             Ok(())
         };

@@ -41,6 +41,7 @@ fn generate(path: &Path, prompt: &[u32], ranks: usize) -> Vec<u32> {
         seq_len_max: Some(64),
         step_tokens_max: 64,
         graph_batch_max: 0,
+        two_batch_min: 0,
         dummy_weights: false,
     };
     let ranks = match ranks {

@@ -92,6 +92,7 @@ fn engine(
         seq_len_max: Some(64),
         step_tokens_max: 64,
         graph_batch_max: 0,
+        two_batch_min: 0,
         dummy_weights: false,
     };
     let cpu = CpuOptions { threads: Some(1), precision: Precision::Exact, ..CpuOptions::default() };

@@ -16,7 +16,7 @@ pub struct Reference {
     pub fail_at: AtomicUsize,
     /// This call of `embed` panics.
     pub panic_at: AtomicUsize,
-    embeds: AtomicUsize,
+    pub embeds: AtomicUsize,
     /// Reported as free memory; 0 for plenty.
     free: usize,
 }
