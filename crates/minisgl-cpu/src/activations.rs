@@ -5,7 +5,7 @@ use half::bf16;
 use minisgl_tensor::Norm;
 
 use crate::backend::Machine;
-use crate::kernels::{Half, PANEL, Quantized, Rows};
+use crate::kernels::{Half, PANEL, PARTS, Quantized, Rows};
 use crate::matrix::{Needs, Vector};
 use crate::memory::Shared;
 use crate::simd::{Kernel, LANES, Simd, array};
@@ -35,7 +35,7 @@ impl Prepared {
         let count = order.map_or(x.len() / cols, <[u32]>::len);
         let panels = count.div_ceil(PANEL);
         let blocks = if needs.blocks { cols / 32 } else { 0 };
-        let halves = if needs.halves { 2 * cols.div_ceil(32) } else { 0 };
+        let halves = if needs.halves { PARTS * cols.div_ceil(32) } else { 0 };
         let copied = norm.is_some() || order.is_some();
         if copied && self.floats.len() < count * cols {
             self.floats.resize(count * cols, 0.0);
@@ -99,7 +99,9 @@ impl Kernel for PrepareRow<'_> {
         for (x, block) in x.as_chunks().0.iter().zip(self.blocks) {
             quantize(s, x, self.lane, block);
         }
-        split(x, self.lane, self.halves);
+        if !self.halves.is_empty() {
+            split(x, self.lane, self.halves);
+        }
     }
 }
 
@@ -150,19 +152,21 @@ fn quantize<S: Simd>(s: S, x: &[f32; 32], lane: usize, block: &mut Quantized) {
     }
 }
 
-/// Puts a row of a panel as bf16, the upper halves of all elements before what these leave, so that
-/// 16 bits of each are multiplied. Zeros behind the end of `x`.
+/// Puts a row of a panel as three bf16 that sum up to its f32: 8 bits of each, from the highest on.
+/// Zeros behind the end of `x`.
 #[inline(always)]
 pub fn split(x: &[f32], lane: usize, panel: &mut [Half]) {
-    let (upper, rest) = panel.split_at_mut(panel.len() / 2);
-    for ((x, upper), rest) in x.chunks(32).zip(upper).zip(rest) {
-        let mut all = [0f32; 32];
-        all[..x.len()].copy_from_slice(x);
-        for ((x, upper), rest) in all.iter().zip(&mut upper.0[lane]).zip(&mut rest.0[lane]) {
-            let bits = x.to_bits() & 0xffff_0000;
-            *upper = bf16::from_bits((bits >> 16) as u16);
-            let left = (x - f32::from_bits(bits)).to_bits();
-            *rest = bf16::from_bits((left.wrapping_add(0x7fff + (left >> 16 & 1)) >> 16) as u16);
+    let across = panel.len() / PARTS;
+    for (column, x) in x.chunks(32).enumerate() {
+        let mut left = [0f32; 32];
+        left[..x.len()].copy_from_slice(x);
+        for row in PARTS * lane..PARTS * (lane + 1) {
+            let part = &mut panel[row / PANEL * across + column].0[row % PANEL];
+            for (left, part) in left.iter_mut().zip(part) {
+                let bits = left.to_bits() & 0xffff_0000;
+                *part = bf16::from_bits((bits >> 16) as u16);
+                *left -= f32::from_bits(bits);
+            }
         }
     }
 }

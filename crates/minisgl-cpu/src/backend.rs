@@ -225,7 +225,6 @@ impl Backend for CpuBackend {
     fn kv_dtype(&self) -> DType {
         match self.precision {
             Precision::Exact => DType::F32,
-            Precision::Native if self.on.isa.has_pairs() => DType::BF16,
             Precision::Native => DType::F16,
         }
     }

@@ -111,10 +111,9 @@ impl Matrix {
 
     /// In which forms products need their activations.
     pub fn needs(&self, on: &Machine) -> Needs {
-        let pairs = on.isa.has_pairs();
         Needs {
             blocks: self.piece_types().any(DType::is_quantized),
-            halves: pairs && self.piece_types().any(|dtype| dtype == DType::BF16),
+            halves: on.isa.has_unit() && self.piece_types().any(|dtype| dtype == DType::BF16),
         }
     }
 

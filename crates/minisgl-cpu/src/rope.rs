@@ -1,7 +1,7 @@
 //! Norm and rotation of Q and K, and the write of K and V into their pages.
 
+use half::f16;
 use half::slice::HalfFloatSliceExt;
-use half::{bf16, f16};
 use minisgl_tensor::{DType, RopeStore, Tensor};
 
 use crate::activations::NormRow;
@@ -16,7 +16,6 @@ pub fn rope_store(on: &Machine, args: &RopeStore<'_>, qkv: &Tensor) {
     let rope = view::<f32>(args.rope);
     let all = Shared::<f32>::of(qkv);
     let pages = match args.kv.k.dtype() {
-        DType::BF16 => Pages::BF16(Shared::of(&args.kv.k), Shared::of(&args.kv.v)),
         DType::F16 => Pages::F16(Shared::of(&args.kv.k), Shared::of(&args.kv.v)),
         _ => Pages::F32(Shared::of(&args.kv.k), Shared::of(&args.kv.v)),
     };
@@ -67,7 +66,6 @@ impl Kernel for Rotate<'_> {
 enum Pages<'a> {
     F32(Shared<'a, f32>, Shared<'a, f32>),
     F16(Shared<'a, f16>, Shared<'a, f16>),
-    BF16(Shared<'a, bf16>, Shared<'a, bf16>),
 }
 
 impl Pages<'_> {
@@ -78,10 +76,6 @@ impl Pages<'_> {
                 Self::F32(k, v) => {
                     k.part(at, key.len()).copy_from_slice(key);
                     v.part(at, key.len()).copy_from_slice(value);
-                }
-                Self::BF16(k, v) => {
-                    k.part(at, key.len()).convert_from_f32_slice(key);
-                    v.part(at, key.len()).convert_from_f32_slice(value);
                 }
                 Self::F16(k, v) => {
                     k.part(at, key.len()).convert_from_f32_slice(key);

@@ -144,30 +144,50 @@ fn forced(llm: &Llm, case: &Case) -> Vec<TokenLogprobs> {
     panic!("no log-probabilities came");
 }
 
-/// Mean and largest distance between our log-probabilities and the stored ones, of the tokens that
-/// the reference finds most likely.
-fn distance(llm: &Llm) -> (f32, f32) {
-    let mut distances = Vec::new();
+/// How far our log-probabilities are from the stored ones, of the tokens that the reference finds
+/// most likely.
+fn distances(options: RuntimeOptions) -> Vec<f32> {
+    let (llm, mut distances) = (start(options), Vec::new());
     for case in cases() {
-        for (ours, theirs) in forced(llm, &case).iter().zip(&case.logprobs) {
+        for (ours, theirs) in forced(&llm, &case).iter().zip(&case.logprobs) {
             let ours: HashMap<u32, f32> = ours.top.iter().copied().collect();
             let known = theirs.iter().filter_map(|(id, theirs)| Some((ours.get(id)?, theirs)));
             distances.extend(known.map(|(ours, theirs)| (ours - theirs).abs()));
         }
     }
     assert!(distances.len() > 1000, "only {} were compared", distances.len());
-    let mean = distances.iter().sum::<f32>() / distances.len() as f32;
-    (mean, distances.into_iter().fold(0.0, f32::max))
+    distances
+}
+
+#[derive(Debug)]
+struct Distance {
+    mean: f32,
+    /// What one in a hundred is above.
+    percentile_99: f32,
+    largest: f32,
+}
+
+impl Distance {
+    fn of(mut distances: Vec<f32>) -> Self {
+        let count = distances.len();
+        distances.sort_by(f32::total_cmp);
+        let mean = distances.iter().sum::<f32>() / count as f32;
+        Self { mean, percentile_99: distances[count * 99 / 100], largest: distances[count - 1] }
+    }
 }
 
 #[test]
 fn forced_answers_are_as_likely_as_the_reference_finds_them() {
-    let (mean, largest) = distance(&start(exact()));
-    eprintln!("float32: mean {mean:.6}, largest {largest:.6}");
-    assert!(mean < 1e-4 && largest < 1e-3, "float32: mean {mean}, largest {largest}");
-    let (mean, largest) = distance(&start(RuntimeOptions { dtype: Dtype::Auto, ..exact() }));
-    eprintln!("native: mean {mean:.4}, largest {largest:.4}");
-    // Activations of 8 bits. llama.cpp rounds them likewise: the same measurement finds 0.113 and
-    // 0.78 there, and found 0.112 and 0.86 here when these limits were set.
-    assert!(mean < 0.13 && largest < 1.2, "native: mean {mean}, largest {largest}");
+    let exactly = Distance::of(distances(exact()));
+    eprintln!("float32: {exactly:.6?}");
+    assert!(exactly.mean < 1e-4 && exactly.largest < 1e-3, "float32: {exactly:?}");
+    // Activations of 8 bits. Which way one of them is rounded hangs on the last bit of a sum, and the
+    // distances on that: with norms one part in 2²³ larger or smaller, the means of ten runs were
+    // 0.108 to 0.124 on AVX2 and 0.108 to 0.128 on AVX-512 and AMX, the largest 0.63 to 1.67. So
+    // three orders of adding up are taken together. llama.cpp rounds likewise: in one order, the same
+    // measurement finds a mean of 0.113 there.
+    let ranks = |n| RuntimeOptions { dtype: Dtype::Auto, tp: Some(n), threads: Some(1), ..exact() };
+    let native = Distance::of((1..=3).flat_map(|n| distances(ranks(n))).collect());
+    eprintln!("native: {native:.4?}");
+    assert!(native.mean < 0.13 && native.percentile_99 < 0.65, "native: {native:?}");
 }

@@ -3,19 +3,19 @@
 
 use std::ops::Range;
 
-use bytemuck::Pod;
-use half::bf16;
+use bytemuck::{Pod, Zeroable};
+use half::f16;
 
 use super::TILE;
 use super::reduce::{GROUPS, ThreadScratch};
 use crate::activations::split;
-use crate::kernels::{Element, Half, PANEL, by_fours, pairs, plain};
-use crate::simd::{Aligned, LANES, Line, Simd, array};
+use crate::kernels::{Element, Half, PANEL, PARTS, by_eights, pairs, plain};
+use crate::simd::{Aligned, LANES, Line, MatrixUnit, Products, Simd, Sums, array};
 
 /// In what keys, values, queries and weights are multiplied; `E` is what pages hold.
 pub trait Form<E> {
     /// Makes room, and takes over the queries.
-    fn begin(own: &mut ThreadScratch, dim: usize, queries: usize);
+    fn begin<S: Simd>(s: S, own: &mut ThreadScratch, dim: usize, queries: usize);
     /// Lays out sixteen keys, the tile's `group`th. Empty ones are zeros.
     fn turn_keys<S: Simd>(
         s: S,
@@ -50,7 +50,8 @@ pub struct FloatScratch {
 }
 
 impl<E: Element> Form<E> for Floats {
-    fn begin(own: &mut ThreadScratch, dim: usize, _: usize) {
+    #[inline(always)]
+    fn begin<S: Simd>(_: S, own: &mut ThreadScratch, dim: usize, _: usize) {
         own.floats.k.resize(GROUPS * dim, [0.0; LANES]);
         own.floats.v.resize(dim.div_ceil(LANES) * TILE, [0.0; LANES]);
     }
@@ -91,7 +92,7 @@ impl<E: Element> Form<E> for Floats {
     #[inline(always)]
     fn scores<S: Simd>(s: S, own: &mut ThreadScratch, dim: usize, queries: Range<usize>) {
         let ThreadScratch { floats, q, scores, .. } = own;
-        by_fours!(queries.len(), |from, R| {
+        by_eights!(S, queries.len(), |from, R| {
             let q = array!(R, &[] as &[f32], |r| &q[(queries.start + from + r) * dim..][..dim]);
             for (keys, scores) in floats.k.chunks_exact(dim).zip(&mut scores.0) {
                 let products = plain::<S, f32, R>(s, keys, q);
@@ -106,7 +107,7 @@ impl<E: Element> Form<E> for Floats {
     fn add_values<S: Simd>(s: S, own: &mut ThreadScratch, dim: usize, queries: Range<usize>) {
         let ThreadScratch { floats, scores, span, .. } = own;
         let vectors = dim.div_ceil(LANES);
-        by_fours!(queries.len(), |from, R| {
+        by_eights!(S, queries.len(), |from, R| {
             let weights = array!(R, [[0.0; LANES]; GROUPS], |r| {
                 array!(GROUPS, [0.0; LANES], |g| scores.0[g].0[from + r])
             });
@@ -124,41 +125,52 @@ impl<E: Element> Form<E> for Floats {
     }
 }
 
-/// bf16 in pairs, from pages of bf16.
+/// bf16 in pairs, on a matrix unit, from pages of f16, each of which is the sum of two bf16.
 pub struct Pairs;
 
 pub struct PairScratch {
-    /// `[TILE / 16][⌈dim / 32⌉ · 16 pairs of features][16 keys]`.
-    k: Vec<Line>,
-    /// `[dim / 16][TILE / 2 pairs of keys][16 features]`.
-    v: Vec<Line>,
-    /// `[queries / 16][2][⌈dim / 32⌉]`.
+    /// `[TILE / 16][⌈dim / 32⌉ · 16 pairs of features][16 keys]`, and what this leaves.
+    k: [Vec<Line>; 2],
+    /// `[dim / 16][TILE / 2 pairs of keys][16 features]`, and what this leaves.
+    v: [Vec<Line>; 2],
+    /// `[queries / 16][PARTS][⌈dim / 32⌉]`.
     q: Vec<Half>,
     /// A panel's weights.
-    weights: [Half; 2 * TILE / 32],
+    weights: [Half; PARTS * TILE / 32],
     /// A panel's products, `[dim / 16]`.
     products: Vec<Aligned<[[f32; LANES]; PANEL]>>,
+    sums: Sums,
 }
 
 impl Default for PairScratch {
     fn default() -> Self {
-        let weights = [Half([[bf16::ZERO; 32]; PANEL]); 2 * TILE / 32];
+        let weights = [Half::zeroed(); PARTS * TILE / 32];
+        let sums = Aligned([[[0.0; LANES]; PANEL]; 3]);
         let (k, v, q, products) = Default::default();
-        Self { k, v, q, weights, products }
+        Self { k, v, q, weights, products, sums }
     }
 }
 
-impl Form<bf16> for Pairs {
-    fn begin(own: &mut ThreadScratch, dim: usize, queries: usize) {
-        let (across, zero) = (dim.div_ceil(32), Half([[bf16::ZERO; 32]; PANEL]));
-        let pairs = &mut own.pairs;
-        pairs.k.resize(GROUPS * across * 16, Line([0; 64]));
-        pairs.v.resize(dim.div_ceil(LANES) * TILE / 2, Line([0; 64]));
+/// The unit of those that compute in `Pairs`.
+#[inline(always)]
+fn unit<S: Simd>(s: S) -> S::Unit {
+    s.unit().expect("pairs are for those who have a unit")
+}
+
+impl Form<f16> for Pairs {
+    #[inline(always)]
+    fn begin<S: Simd>(s: S, own: &mut ThreadScratch, dim: usize, queries: usize) {
+        unit(s).begin(Products::Pairs);
+        let across = dim.div_ceil(32);
+        let ThreadScratch { pairs, q, .. } = own;
+        for part in 0..2 {
+            pairs.k[part].resize(GROUPS * across * 16, Line([0; 64]));
+            pairs.v[part].resize(dim.div_ceil(LANES) * TILE / 2, Line([0; 64]));
+        }
         pairs.products.resize(dim.div_ceil(LANES), Aligned([[0.0; LANES]; PANEL]));
-        pairs.q.clear();
-        pairs.q.resize(queries.div_ceil(PANEL) * 2 * across, zero);
-        for (query, q) in own.q.chunks_exact(dim).enumerate() {
-            let panel = &mut pairs.q[query / PANEL * 2 * across..][..2 * across];
+        pairs.q.resize(queries.div_ceil(PANEL) * PARTS * across, Half::zeroed());
+        for (query, q) in q.chunks_exact(dim).enumerate() {
+            let panel = &mut pairs.q[query / PANEL * PARTS * across..][..PARTS * across];
             split(q, query % PANEL, panel);
         }
     }
@@ -169,18 +181,24 @@ impl Form<bf16> for Pairs {
         own: &mut ThreadScratch,
         dim: usize,
         group: usize,
-        keys: [&[bf16]; LANES],
+        keys: [&[f16]; LANES],
     ) {
-        let across = dim.div_ceil(32);
-        let out = &mut own.pairs.k[group * across * 16..][..across * 16];
-        for (c, out) in out.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
+        let (unit, across) = (unit(s), dim.div_ceil(32));
+        let [high, low] = &mut own.pairs.k;
+        let range = group * across * 16..(group + 1) * across * 16;
+        let high = high[range.clone()].as_chunks_mut::<LANES>().0;
+        let low = low[range].as_chunks_mut::<LANES>().0;
+        for (c, (high, low)) in high.iter_mut().zip(low).enumerate() {
             // A pair is moved as the f32 of its bits.
             let rows = array!(LANES, s.splat(0.0), |i| {
-                let pairs: [bf16; 32] = part(keys[i], c * 32);
+                let pairs: [f16; 32] = part(keys[i], c * 32);
                 s.load(&bytemuck::cast(pairs))
             });
-            for (out, column) in out.iter_mut().zip(s.transpose(rows)) {
-                s.store(column, bytemuck::cast_mut(out));
+            for (column, (high, low)) in s.transpose(rows).into_iter().zip(high.iter_mut().zip(low))
+            {
+                let mut pairs = Line([0; 64]);
+                s.store(column, bytemuck::cast_mut(&mut pairs));
+                unit.split_pairs(&pairs, high, low);
             }
         }
     }
@@ -191,43 +209,47 @@ impl Form<bf16> for Pairs {
         own: &mut ThreadScratch,
         dim: usize,
         group: usize,
-        values: [&[bf16]; LANES],
+        values: [&[f16]; LANES],
     ) {
+        let [high, low] = &mut own.pairs.v;
         for c in 0..dim.div_ceil(LANES) {
-            let out = &mut own.pairs.v[(c * TILE + group * LANES) / 2..][..LANES / 2];
-            for (out, pair) in out.iter_mut().zip(values.as_chunks::<2>().0) {
-                let [even, odd] = pair.map(|value| part::<bf16, LANES>(value, c * LANES));
-                s.store_bytes(s.interleave(&even, &odd), &mut out.0);
+            let range = (c * TILE + group * LANES) / 2..(c * TILE + (group + 1) * LANES) / 2;
+            let outs = high[range.clone()].iter_mut().zip(&mut low[range]);
+            for ((high, low), pair) in outs.zip(values.as_chunks::<2>().0) {
+                let [first, second] = pair.map(|value| part::<f16, LANES>(value, c * LANES));
+                unit(s).split_rows(&first, &second, high, low);
             }
         }
     }
 
     #[inline(always)]
     fn scores<S: Simd>(s: S, own: &mut ThreadScratch, dim: usize, queries: Range<usize>) {
-        let ThreadScratch { pairs: own, scores, .. } = own;
+        let ThreadScratch { pairs: PairScratch { k: [high, low], q, sums, .. }, scores, .. } = own;
         let across = dim.div_ceil(32);
-        let panel = &own.q[queries.start / PANEL * 2 * across..][..2 * across];
-        for (keys, scores) in own.k.chunks_exact(across * 16).zip(&mut scores.0) {
-            pairs(s, keys, panel, queries.len(), &mut scores.0);
+        let panel = &q[queries.start / PANEL * PARTS * across..][..PARTS * across];
+        let keys = high.chunks_exact(across * 16).zip(low.chunks_exact(across * 16));
+        for (keys, scores) in keys.zip(&mut scores.0) {
+            pairs(s, unit(s), panel, keys, sums, &mut scores.0[..queries.len()]);
         }
     }
 
     #[inline(always)]
     fn add_values<S: Simd>(s: S, own: &mut ThreadScratch, _: usize, queries: Range<usize>) {
         let ThreadScratch { pairs: own, scores, span, .. } = own;
+        let PairScratch { v: [high, low], weights, products, sums, .. } = own;
         for lane in 0..queries.len() {
-            let weights = array!(GROUPS, [0.0; LANES], |g| scores.0[g].0[lane]);
-            split(weights.as_flattened(), lane, &mut own.weights);
+            let row = array!(GROUPS, [0.0; LANES], |g| scores.0[g].0[lane]);
+            split(row.as_flattened(), lane, weights);
         }
-        let tiles = own.v.chunks_exact(TILE / 2);
-        let vectors = tiles.len();
-        for (values, products) in tiles.clone().zip(&mut own.products) {
-            pairs(s, values, &own.weights, queries.len(), &mut products.0);
+        let values = high.chunks_exact(TILE / 2).zip(low.chunks_exact(TILE / 2));
+        let vectors = values.len();
+        for (values, products) in values.zip(&mut *products) {
+            pairs(s, unit(s), weights, values, sums, &mut products.0[..queries.len()]);
         }
         for (lane, query) in queries.enumerate() {
             let factor = s.splat(span.factors[query]);
             let outs = &mut span.out[query * vectors..][..vectors];
-            for (out, product) in outs.iter_mut().zip(&own.products) {
+            for (out, product) in outs.iter_mut().zip(&*products) {
                 s.store(s.fma(s.load(out), factor, s.load(&product.0[lane])), out);
             }
         }

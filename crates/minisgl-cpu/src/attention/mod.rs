@@ -10,7 +10,7 @@
 mod forms;
 mod reduce;
 
-use half::{bf16, f16};
+use half::f16;
 use minisgl_tensor::{Attention, DType, Tensor};
 
 use crate::backend::Machine;
@@ -93,7 +93,9 @@ pub fn attention(
         let item = items[index];
         let (step, isa) = (&step, on.isa);
         match args.kv.k.dtype() {
-            DType::BF16 => isa.run(Reduce::<Pairs, bf16>::new(step, item, own, partial)),
+            DType::F16 if isa.has_unit() => {
+                isa.run(Reduce::<Pairs, f16>::new(step, item, own, partial));
+            }
             DType::F16 => isa.run(Reduce::<Floats, f16>::new(step, item, own, partial)),
             _ => isa.run(Reduce::<Floats, f32>::new(step, item, own, partial)),
         }

@@ -5,7 +5,7 @@ use minisgl_tensor::Attention;
 
 use super::forms::Form;
 use super::{Item, SPAN, Step, TILE};
-use crate::kernels::{PANEL, begin};
+use crate::kernels::PANEL;
 use crate::memory::{Shared, view};
 use crate::simd::{Aligned, Kernel, LANES, Simd, array, math};
 
@@ -165,9 +165,8 @@ impl<F: Form<E>, E: Pod> Kernel for Reduce<'_, F, E> {
     fn run<S: Simd>(mut self, s: S) {
         let (item, step) = (self.item, self.step);
         let (queries, vectors) = (item.tokens * step.group(), step.dim_vectors());
-        begin(s);
         self.load_queries();
-        F::begin(self.own, step.args.heads.dim, queries);
+        F::begin(s, self.own, step.args.heads.dim, queries);
         self.own.total.reset(queries, vectors);
         for span in item.first_span..item.first_span + item.spans {
             self.own.span.reset(queries, vectors);

@@ -5,7 +5,7 @@ use std::marker::PhantomData;
 use half::f16;
 
 use super::{PANEL, Quantized, TileProduct, UnitRoom, by_fours};
-use crate::simd::{Aligned, Kernel, LANES, Line, MatrixUnit, Simd, array};
+use crate::simd::{Aligned, Kernel, LANES, Line, MatrixUnit, Products, Simd, array};
 
 /// Blocks that are unpacked at a time: with their rows of a panel they fit into the first cache.
 pub const UNPACKED: usize = 32;
@@ -288,7 +288,7 @@ impl<'a, C: Codes, Z: Scales> BlockProduct<'a, C, Z> {
     #[inline(always)]
     fn on_unit<S: Simd>(self, s: S, unit: S::Unit) {
         let TileProduct { tile, x, out, room, .. } = self.product;
-        unit.begin();
+        unit.begin(Products::Bytes);
         let UnitRoom { codes: unpacked, products, .. } = room;
         let across = x.cols / 32;
         let (scales, codes) = Self::split(tile, across);
@@ -378,7 +378,7 @@ impl<C: Codes, Z: Scales> Kernel for BlockProduct<'_, C, Z> {
         let across = x.cols / 32;
         let parts = Self::split(tile, across);
         for (out, panel) in out.chunks_mut(PANEL).zip(x.blocks.chunks_exact(across)) {
-            by_fours!(out.len(), |from, R| {
+            by_fours!(0..out.len(), |from, R| {
                 let sums = Self::sums::<S, R>(s, parts, panel, from);
                 for (sum, out) in sums.into_iter().zip(&mut out[from..]) {
                     s.store(sum, out);

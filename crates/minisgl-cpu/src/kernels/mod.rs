@@ -10,13 +10,13 @@ use bytemuck::{Pod, Zeroable};
 use half::{bf16, f16};
 use minisgl_tensor::DType;
 
-use crate::simd::{Aligned, Isa, LANES, Line};
+use crate::simd::{Aligned, Isa, LANES, Line, Sums};
 use blocks::{
     AHEAD, BlockProduct, Bytes, Min, Nibbles, Offset8, Scale, SuperHalves, SuperMin, UNPACKED,
     UnitProducts,
 };
-pub use plain::{Element, begin, pairs, plain};
-use plain::{PairProduct, PlainProduct, WidenedProduct};
+pub use plain::{Element, pairs, plain};
+use plain::{PairProduct, PlainProduct};
 
 /// Rows of activations in a panel.
 pub const PANEL: usize = 16;
@@ -33,7 +33,11 @@ pub struct Quantized {
     pub shifted: [[i32; PANEL]; 3],
 }
 
-/// 32 columns of a panel in bf16.
+/// Parts in bf16 that an f32 is the sum of.
+pub const PARTS: usize = 3;
+
+/// 32 columns of sixteen rows of bf16. A row of activations takes three, one behind the other, so
+/// that a panel takes `PARTS` of these, and its first five rows are in the first of them.
 #[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C, align(64))]
 pub struct Half(pub [[bf16; 32]; PANEL]);
@@ -46,7 +50,7 @@ pub struct Rows<'a> {
     pub floats: &'a [f32],
     /// `[panels, cols / 32]`.
     pub blocks: &'a [Quantized],
-    /// `[panels, 2, ⌈cols / 32⌉]`: upper halves, and what they leave. Zeros behind the last column.
+    /// `[panels, PARTS, ⌈cols / 32⌉]`. Zeros behind the last column.
     pub halves: &'a [Half],
 }
 
@@ -61,7 +65,7 @@ impl Rows<'_> {
             cols,
             floats: rest(self.floats, first * cols),
             blocks: rest(self.blocks, panel * (cols / 32)),
-            halves: rest(self.halves, panel * 2 * cols.div_ceil(32)),
+            halves: rest(self.halves, panel * PARTS * cols.div_ceil(32)),
         }
     }
 }
@@ -71,15 +75,15 @@ pub struct UnitRoom {
     /// Codes in a byte each, on their way to the unit.
     codes: [[Line; 8]; UNPACKED],
     products: UnitProducts,
-    panel: Aligned<[[f32; LANES]; PANEL]>,
+    sums: Sums,
 }
 
 impl UnitRoom {
     /// Empty.
     pub fn new() -> Box<Self> {
         let products = [[Aligned([[0; LANES]; PANEL]); 2]; 2 * AHEAD];
-        let (codes, panel) = ([[Line([0; 64]); 8]; UNPACKED], Aligned([[0.0; LANES]; PANEL]));
-        Box::new(Self { codes, products, panel })
+        let (codes, sums) = ([[Line([0; 64]); 8]; UNPACKED], Aligned([[[0.0; LANES]; PANEL]; 3]));
+        Box::new(Self { codes, products, sums })
     }
 }
 
@@ -98,8 +102,7 @@ impl TileProduct<'_> {
         match self.dtype {
             DType::F32 => isa.run(PlainProduct::<f32>::new(self)),
             DType::F16 => isa.run(PlainProduct::<f16>::new(self)),
-            DType::BF16 if isa.has_pairs() => isa.run(PairProduct(self)),
-            DType::BF16 => isa.run(WidenedProduct(self)),
+            DType::BF16 => isa.run(PairProduct(self)),
             DType::Q4_0 => isa.run(BlockProduct::<Nibbles, Offset8>::new(self)),
             DType::Q4_1 => isa.run(BlockProduct::<Nibbles, Min>::new(self)),
             DType::Q5_0 | DType::Q8_0 => isa.run(BlockProduct::<Bytes, Scale>::new(self)),
@@ -112,11 +115,25 @@ impl TileProduct<'_> {
     }
 }
 
-/// Calls `$run::<R>(from)` for runs of four rows, then for what is left.
-macro_rules! by_fours {
-    ($count:expr, |$from:ident, $R:ident| $run:expr) => {{
+/// As `by_fours`, and first for runs of eight where `$S` has registers for them.
+macro_rules! by_eights {
+    ($S:ident, $count:expr, |$from:ident, $R:ident| $run:expr) => {{
         let count = $count;
         let mut $from = 0;
+        while $S::ROWS >= 8 && count - $from >= 8 {
+            const $R: usize = 8;
+            $run;
+            $from += 8;
+        }
+        $crate::kernels::by_fours!($from..count, |$from, $R| $run);
+    }};
+}
+pub(crate) use by_eights;
+
+/// Calls `$run::<R>(from)` for runs of four rows, then for what is left.
+macro_rules! by_fours {
+    ($rows:expr, |$from:ident, $R:ident| $run:expr) => {{
+        let std::ops::Range { start: mut $from, end: count } = $rows;
         while count - $from >= 4 {
             const $R: usize = 4;
             $run;

@@ -3,10 +3,10 @@
 use std::marker::PhantomData;
 
 use bytemuck::Pod;
-use half::{bf16, f16};
+use half::f16;
 
-use super::{Half, PANEL, TileProduct, by_fours};
-use crate::simd::{Kernel, LANES, Line, MatrixUnit, Simd, array};
+use super::{Half, PANEL, PARTS, TileProduct, by_eights};
+use crate::simd::{Kernel, LANES, Line, MatrixUnit, Products, Simd, Sums, array};
 
 /// An element type of tiles that keep column behind column.
 pub trait Element: Pod + Send + Sync {
@@ -61,7 +61,7 @@ impl<E: Element> Kernel for PlainProduct<'_, E> {
     fn run<S: Simd>(self, s: S) {
         let Self(TileProduct { tile, x, out, .. }, _) = self;
         let columns: &[[E; LANES]] = bytemuck::cast_slice(tile);
-        by_fours!(out.len(), |from, R| {
+        by_eights!(S, out.len(), |from, R| {
             let x = array!(R, &[] as &[f32], |r| &x.floats[(from + r) * x.cols..][..x.cols]);
             let sums = plain::<S, E, R>(s, columns, x);
             for (sum, out) in sums.into_iter().zip(&mut out[from..]) {
@@ -71,19 +71,27 @@ impl<E: Element> Kernel for PlainProduct<'_, E> {
     }
 }
 
-/// BF16 with activations in f32: what machines without products of bf16 do.
-pub struct WidenedProduct<'a>(pub TileProduct<'a>);
+/// BF16: by a matrix unit, with activations in three parts, or with activations in f32.
+pub struct PairProduct<'a>(pub TileProduct<'a>);
 
-impl Kernel for WidenedProduct<'_> {
+impl Kernel for PairProduct<'_> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let TileProduct { tile, x, out, .. } = self.0;
-        let pairs: &[Line] = bytemuck::cast_slice(tile);
-        by_fours!(out.len(), |from, R| {
+        let TileProduct { tile, x, out, room, .. } = self.0;
+        let tile: &[Line] = bytemuck::cast_slice(tile);
+        if let Some(unit) = s.unit() {
+            unit.begin(Products::Pairs);
+            let panels = x.halves.chunks_exact(PARTS * x.cols.div_ceil(32));
+            for (out, panel) in out.chunks_mut(PANEL).zip(panels) {
+                pairs(s, unit, panel, (tile, &[]), &mut room.sums, out);
+            }
+            return;
+        }
+        by_eights!(S, out.len(), |from, R| {
             let x = array!(R, &[] as &[f32], |r| &x.floats[(from + r) * x.cols..][..x.cols]);
-            let sums = widened::<S, R>(s, pairs, x);
+            let sums = widened::<S, R>(s, tile, x);
             for (sum, out) in sums.into_iter().zip(&mut out[from..]) {
                 s.store(sum, out);
             }
@@ -112,61 +120,21 @@ fn widened<S: Simd, const R: usize>(s: S, pairs: &[Line], x: [&[f32]; R]) -> [S:
     sums
 }
 
-/// BF16 with activations split into two bf16. All rows go one way: unit and vectors round differently.
-pub struct PairProduct<'a>(pub TileProduct<'a>);
-
-impl Kernel for PairProduct<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
-        let TileProduct { tile, x, out, room, .. } = self.0;
-        begin(s);
-        let (tile, across): (&[Line], _) = (bytemuck::cast_slice(tile), 2 * x.cols.div_ceil(32));
-        for (out, panel) in out.chunks_mut(PANEL).zip(x.halves.chunks_exact(across)) {
-            if let Ok(out) = <&mut [_; PANEL]>::try_from(&mut *out) {
-                pairs(s, tile, panel, PANEL, out);
-            } else {
-                pairs(s, tile, panel, out.len(), &mut room.panel.0);
-                out.copy_from_slice(&room.panel.0[..out.len()]);
-            }
-        }
-    }
-}
-
-/// To be called by a thread before `pairs`.
-#[inline(always)]
-pub fn begin<S: Simd>(s: S) {
-    if let Some(unit) = s.unit() {
-        unit.begin();
-    }
-}
-
-/// `out[i]` is the product of a tile of pairs with row i of a panel, for `rows` rows at least.
+/// `out[i]` is the product of sixteen rows of weights, in pairs and in one part or two, with row i
+/// of a panel.
 #[inline(always)]
 pub fn pairs<S: Simd>(
     s: S,
-    tile: &[Line],
+    unit: S::Unit,
     panel: &[Half],
-    rows: usize,
-    out: &mut [[f32; LANES]; PANEL],
+    (tile, low): (&[Line], &[Line]),
+    sums: &mut Sums,
+    out: &mut [[f32; LANES]],
 ) {
-    if let Some(unit) = s.unit() {
-        return unit.pair_products(panel, tile, out);
+    let used = (PARTS * out.len()).div_ceil(PANEL) * panel.len() / PARTS;
+    unit.pair_products(&panel[..used], tile, low, sums);
+    let sums = sums.0.as_flattened().as_chunks::<PARTS>().0;
+    for (out, [high, middle, low]) in out.iter_mut().zip(sums) {
+        s.store(s.add(s.add(s.load(low), s.load(middle)), s.load(high)), out);
     }
-    by_fours!(rows, |from, R| {
-        let mut sums = [s.splat(0.0); R];
-        for (x, w) in panel.iter().zip(tile.as_chunks::<16>().0.iter().cycle()) {
-            let x = array!(R, &[] as &[[bf16; 2]], |r| x.0[from + r].as_chunks().0);
-            for (k, w) in w.iter().enumerate() {
-                let w = s.load_bytes(&w.0);
-                for r in 0..R {
-                    sums[r] = s.pair_dot(sums[r], w, x[r][k]);
-                }
-            }
-        }
-        for (sum, out) in sums.into_iter().zip(&mut out[from..]) {
-            s.store(sum, out);
-        }
-    });
 }

@@ -2,21 +2,21 @@
 //! bytes, and one instruction that multiplies two of them. Stable Rust has no intrinsics for it.
 
 use std::arch::asm;
-use std::arch::x86_64::{__cpuid_count, _xgetbv};
+use std::arch::x86_64::*;
 
-use super::unit::MatrixUnit;
+use half::f16;
+
+use super::unit::{MatrixUnit, Products, Sums};
 use super::{Aligned, LANES, Line};
 use crate::kernels::{Half, PANEL};
 
-/// Proof that this machine has AMX with bytes and bf16, and that the system lets us use it.
+/// Proof that this machine has AMX with bytes and bf16, and that the system lets us use it; and
+/// AVX-512 F and BW, as all that have AMX do.
 #[derive(Clone, Copy, Debug)]
 pub struct Amx(());
 
-/// Rows and bytes of a row for each register: 0 to 2 are whole (a sum, and the factors of a bf16
-/// product), then the factors of 32 and of 16 columns of bytes.
-const SHAPES: [(u8, u16); 7] = [(16, 64), (16, 64), (16, 64), (16, 32), (8, 64), (16, 16), (4, 64)];
-
 /// What `ldtilecfg` reads.
+#[derive(Clone, Copy, PartialEq, Eq)]
 #[repr(C, align(64))]
 struct Config {
     palette: u8,
@@ -26,16 +26,24 @@ struct Config {
     rows: [u8; 16],
 }
 
-const CONFIG: Config = {
-    let mut config =
-        Config { palette: 1, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
-    let mut i = 0;
-    while i < SHAPES.len() {
-        (config.rows[i], config.row_bytes[i]) = SHAPES[i];
-        i += 1;
+impl Config {
+    /// Registers of these rows, and bytes a row.
+    const fn new(shapes: &[(u8, u16)]) -> Self {
+        let mut config =
+            Self { palette: 1, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
+        let mut i = 0;
+        while i < shapes.len() {
+            (config.rows[i], config.row_bytes[i]) = shapes[i];
+            i += 1;
+        }
+        config
     }
-    config
-};
+}
+
+/// A sum, then the factors of 32 and of 16 columns.
+const BYTES: Config = Config::new(&[(16, 64), (16, 32), (8, 64), (16, 16), (4, 64)]);
+/// Three sums, three tiles of activations, two of weights.
+const PAIRS: Config = Config::new(&[(16, 64); 8]);
 
 impl Amx {
     /// Asks the processor, then the system.
@@ -48,7 +56,9 @@ impl Amx {
             unsafe { _xgetbv(0) }
         }
         let features = __cpuid_count(7, 0).edx;
-        if !is_x86_feature_detected!("xsave") || features & BF16_TILE_BYTES != BF16_TILE_BYTES {
+        let vectors = is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw");
+        let tiles = features & BF16_TILE_BYTES == BF16_TILE_BYTES;
+        if !(is_x86_feature_detected!("xsave") && vectors && tiles) {
             return None;
         }
         // SAFETY: the feature was asked for.
@@ -71,17 +81,47 @@ fn permitted() -> bool {
     false
 }
 
+/// Sixteen lines into a register.
+macro_rules! load {
+    ($register:tt, $lines:expr) => {
+        asm!(
+            concat!("tileloadd ", $register, ", [{} + {stride}]"),
+            in(reg) $lines, stride = in(reg) 64usize, out($register) _, options(nostack, readonly),
+        )
+    };
+}
+
+/// Adds the product of a tile of activations, by way of register `$x`, with the weights in `tmm6`,
+/// and those in `tmm7` if there are such.
+macro_rules! add_product {
+    ($sum:tt, $x:tt, $lines:expr, $low:expr) => {{
+        load!($x, $lines);
+        asm!(
+            concat!("tdpbf16ps ", $sum, ", ", $x, ", tmm6"), out($sum) _, options(nostack, nomem),
+        );
+        if $low {
+            asm!(
+                concat!("tdpbf16ps ", $sum, ", ", $x, ", tmm7"),
+                out($sum) _, options(nostack, nomem),
+            );
+        }
+    }};
+}
+
 impl MatrixUnit for Amx {
-    /// A thread keeps its configuration, so that this is a look at it from the second time on.
+    /// A thread keeps its configuration, so that this is most often no more than a look at it.
     #[inline(always)]
-    fn begin(self) {
-        let mut now = Config { palette: 0, ..CONFIG };
-        // SAFETY: `self` proves the instructions; both move one `Config`. Nobody else in this
-        // process has another configuration.
+    fn begin(self, products: Products) {
+        let wanted = match products {
+            Products::Bytes => &BYTES,
+            Products::Pairs => &PAIRS,
+        };
+        let mut now = Config { palette: 0, ..PAIRS };
+        // SAFETY: `self` proves the instructions; both move one `Config`.
         unsafe {
             asm!("sttilecfg [{}]", in(reg) &mut now, options(nostack));
-            if now.palette == 0 {
-                asm!("ldtilecfg [{}]", in(reg) &CONFIG, options(nostack));
+            if now != *wanted {
+                asm!("ldtilecfg [{}]", in(reg) wanted, options(nostack));
             }
         }
     }
@@ -94,29 +134,29 @@ impl MatrixUnit for Amx {
         w: &[Line],
         out: &mut Aligned<[[i32; LANES]; PANEL]>,
     ) {
-        // SAFETY: `self` proves the instructions, `begin` gave the registers the shapes of `SHAPES`,
+        // SAFETY: `self` proves the instructions, `begin` gave the registers the shapes of `BYTES`,
         // which the references hold: 16 rows of `x`, 8 or 4 rows of `w`, 16 of `out`.
         unsafe {
             match (w.len(), at) {
                 (8, 0) => asm!(
                     "tilezero tmm0",
+                    "tileloadd tmm1, [{x} + {x_stride}]",
+                    "tileloadd tmm2, [{w} + {stride}]",
+                    "tdpbssd tmm0, tmm1, tmm2",
+                    "tilestored [{out} + {stride}], tmm0",
+                    x = in(reg) x, w = in(reg) w.as_ptr(), out = in(reg) out,
+                    x_stride = in(reg) 32usize, stride = in(reg) 64usize,
+                    out("tmm0") _, out("tmm1") _, out("tmm2") _, options(nostack),
+                ),
+                (4, 0 | 16) => asm!(
+                    "tilezero tmm0",
                     "tileloadd tmm3, [{x} + {x_stride}]",
                     "tileloadd tmm4, [{w} + {stride}]",
                     "tdpbssd tmm0, tmm3, tmm4",
                     "tilestored [{out} + {stride}], tmm0",
-                    x = in(reg) x, w = in(reg) w.as_ptr(), out = in(reg) out,
-                    x_stride = in(reg) 32usize, stride = in(reg) 64usize,
-                    out("tmm0") _, out("tmm3") _, out("tmm4") _, options(nostack),
-                ),
-                (4, 0 | 16) => asm!(
-                    "tilezero tmm0",
-                    "tileloadd tmm5, [{x} + {x_stride}]",
-                    "tileloadd tmm6, [{w} + {stride}]",
-                    "tdpbssd tmm0, tmm5, tmm6",
-                    "tilestored [{out} + {stride}], tmm0",
                     x = in(reg) x.as_ptr().byte_add(at), w = in(reg) w.as_ptr(), out = in(reg) out,
                     x_stride = in(reg) 32usize, stride = in(reg) 64usize,
-                    out("tmm0") _, out("tmm5") _, out("tmm6") _, options(nostack),
+                    out("tmm0") _, out("tmm3") _, out("tmm4") _, options(nostack),
                 ),
                 _ => unreachable!("{} rows of codes from column {at}", w.len()),
             }
@@ -124,23 +164,84 @@ impl MatrixUnit for Amx {
     }
 
     #[inline(always)]
-    fn pair_products(self, x: &[Half], w: &[Line], out: &mut [[f32; LANES]; PANEL]) {
-        // SAFETY: as above; a step of 32 columns has 16 rows of either factor.
+    fn pair_products(self, x: &[Half], w: &[Line], low: &[Line], out: &mut Sums) {
+        let (w, low) = (w.as_chunks::<16>().0, low.as_chunks::<16>().0);
+        let tiles = x.chunks_exact(w.len()).len();
+        let low = (!low.is_empty()).then(|| &low[..w.len()]);
+        assert!(tiles <= out.0.len());
+        // SAFETY: `self` proves the instructions, and `begin` made all registers whole; every
+        // address is that of sixteen lines, inside slices whose lengths were looked at. No code but
+        // this touches the registers in between.
         unsafe {
-            asm!("tilezero tmm0", out("tmm0") _, options(nostack));
-            for (x, w) in x.iter().zip(w.as_chunks::<16>().0.iter().cycle()) {
-                asm!(
-                    "tileloadd tmm1, [{x} + {stride}]",
-                    "tileloadd tmm2, [{w} + {stride}]",
-                    "tdpbf16ps tmm0, tmm1, tmm2",
-                    x = in(reg) x, w = in(reg) w, stride = in(reg) 64usize,
-                    out("tmm0") _, out("tmm1") _, out("tmm2") _, options(nostack),
-                );
+            asm!(
+                "tilezero tmm0", "tilezero tmm1", "tilezero tmm2",
+                out("tmm0") _, out("tmm1") _, out("tmm2") _, options(nostack),
+            );
+            for (k, w_tile) in w.iter().enumerate() {
+                load!("tmm6", w_tile);
+                if let Some(low) = low {
+                    load!("tmm7", &low[k]);
+                }
+                add_product!("tmm0", "tmm3", &x[k], low.is_some());
+                if tiles > 1 {
+                    add_product!("tmm1", "tmm4", &x[w.len() + k], low.is_some());
+                }
+                if tiles > 2 {
+                    add_product!("tmm2", "tmm5", &x[2 * w.len() + k], low.is_some());
+                }
             }
             asm!(
-                "tilestored [{out} + {stride}], tmm0",
-                out = in(reg) out, stride = in(reg) 64usize, options(nostack),
+                "tilestored [{} + {stride}], tmm0",
+                "tilestored [{} + {stride}], tmm1",
+                "tilestored [{} + {stride}], tmm2",
+                in(reg) &mut out.0[0], in(reg) &mut out.0[1], in(reg) &mut out.0[2],
+                stride = in(reg) 64usize, options(nostack),
             );
         }
+    }
+
+    #[inline(always)]
+    fn split_pairs(self, pairs: &Line, high: &mut Line, low: &mut Line) {
+        // SAFETY: `self` proves the features; a line is a register.
+        unsafe {
+            let pairs = _mm512_load_si512(pairs.0.as_ptr().cast());
+            let second = _mm512_srli_epi32::<16>(pairs);
+            let wide = |x| _mm512_cvtph_ps(_mm512_cvtepi32_epi16(x));
+            split(wide(pairs), wide(second), high, low);
+        }
+    }
+
+    #[inline(always)]
+    fn split_rows(
+        self,
+        first: &[f16; LANES],
+        second: &[f16; LANES],
+        high: &mut Line,
+        low: &mut Line,
+    ) {
+        // SAFETY: `self` proves the features; each load is of sixteen f16.
+        unsafe {
+            let wide = |x: &[f16; LANES]| _mm512_cvtph_ps(_mm256_loadu_si256(x.as_ptr().cast()));
+            split(wide(first), wide(second), high, low);
+        }
+    }
+}
+
+/// Pairs of f32, whose last twelve bits are zeros, as pairs of bf16 and of what these leave.
+///
+/// # Safety
+/// AVX-512 F.
+#[inline(always)]
+unsafe fn split(first: __m512, second: __m512, high: &mut Line, low: &mut Line) {
+    // SAFETY: the caller's word; a line is a register.
+    unsafe {
+        let upper = _mm512_set1_epi32(0xffff_0000_u32 as i32);
+        let cut = |x| _mm512_and_si512(_mm512_castps_si512(x), upper);
+        let join = |first, second| _mm512_or_si512(_mm512_srli_epi32::<16>(first), second);
+        let (firsts, seconds) = (cut(first), cut(second));
+        let left = |x, cut| _mm512_castps_si512(_mm512_sub_ps(x, _mm512_castsi512_ps(cut)));
+        let lefts = join(left(first, firsts), left(second, seconds));
+        _mm512_store_si512(high.0.as_mut_ptr().cast(), join(firsts, seconds));
+        _mm512_store_si512(low.0.as_mut_ptr().cast(), lefts);
     }
 }

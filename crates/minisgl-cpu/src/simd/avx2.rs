@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use half::{bf16, f16};
+use half::f16;
 
 use super::unit::NoUnit;
 use super::{Kernel, Simd, array};
@@ -54,6 +54,7 @@ macro_rules! both {
 }
 
 impl Simd for Avx2 {
+    const ROWS: usize = 4;
     type F32 = [__m256; 2];
     type Bytes = [__m256i; 2];
     type NibbleSum = [__m256i; 2];
@@ -217,20 +218,6 @@ impl Simd for Avx2 {
             _mm256_castsi256_ps(_mm256_and_si256(pairs[i], high))
         });
         (even, odd)
-    }
-    #[inline(always)]
-    fn interleave(self, first: &[bf16; 16], second: &[bf16; 16]) -> Self::Bytes {
-        let mut pairs = [[bf16::ZERO; 2]; 16];
-        for (pair, (&first, &second)) in pairs.iter_mut().zip(first.iter().zip(second)) {
-            *pair = [first, second];
-        }
-        self.load_bytes(&bytemuck::cast(pairs))
-    }
-    #[inline(always)]
-    fn pair_dot(self, sum: Self::F32, w: Self::Bytes, x: [bf16; 2]) -> Self::F32 {
-        let (even, odd) = self.widen(w);
-        let sum = self.fma(even, self.splat(x[0].to_f32()), sum);
-        self.fma(odd, self.splat(x[1].to_f32()), sum)
     }
 
     type Unit = NoUnit;

@@ -1,15 +1,15 @@
-//! AVX-512 with VNNI and BF16 (Zen 4, Cooper Lake and later): a vector of the vocabulary is one
+//! AVX-512 with VNNI (Cascade Lake, Zen 4 and later): a vector of the vocabulary is one
 //! register.
 
 use std::arch::x86_64::*;
 
-use half::{bf16, f16};
+use half::f16;
 
 use super::amx::Amx;
 use super::math::{EXP, LN2_HIGH, LN2_LOW};
 use super::{Kernel, Simd, array};
 
-/// Proof that this machine has AVX-512 F, BW, DQ, VL, VNNI and BF16, and AMX or not.
+/// Proof that this machine has AVX-512 F, BW, DQ, VL and VNNI, and AMX or not.
 #[derive(Clone, Copy, Debug)]
 pub struct Avx512 {
     amx: Option<Amx>,
@@ -22,8 +22,7 @@ impl Avx512 {
             && is_x86_feature_detected!("avx512bw")
             && is_x86_feature_detected!("avx512dq")
             && is_x86_feature_detected!("avx512vl")
-            && is_x86_feature_detected!("avx512vnni")
-            && is_x86_feature_detected!("avx512bf16");
+            && is_x86_feature_detected!("avx512vnni");
         found.then_some(Self { amx: None })
     }
 
@@ -35,7 +34,7 @@ impl Avx512 {
     /// Runs `kernel` compiled with the features.
     #[inline]
     pub fn run<K: Kernel>(self, kernel: K) -> K::Output {
-        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")]
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
         fn with_features<K: Kernel>(s: Avx512, kernel: K) -> K::Output {
             kernel.run(s)
         }
@@ -54,6 +53,7 @@ macro_rules! with {
 }
 
 impl Simd for Avx512 {
+    const ROWS: usize = 8;
     type F32 = __m512;
     type Bytes = __m512i;
     type NibbleSum = __m512i;
@@ -225,24 +225,6 @@ impl Simd for Avx512 {
             let even = _mm512_slli_epi32::<16>(pairs);
             let odd = _mm512_and_si512(pairs, _mm512_set1_epi32(0xffff_0000_u32 as i32));
             (_mm512_castsi512_ps(even), _mm512_castsi512_ps(odd))
-        })
-    }
-    #[inline(always)]
-    fn interleave(self, first: &[bf16; 16], second: &[bf16; 16]) -> __m512i {
-        with!({
-            let first = _mm512_cvtepu16_epi32(_mm256_loadu_si256(first.as_ptr().cast()));
-            let second = _mm512_cvtepu16_epi32(_mm256_loadu_si256(second.as_ptr().cast()));
-            _mm512_or_si512(first, _mm512_slli_epi32::<16>(second))
-        })
-    }
-    #[inline(always)]
-    fn pair_dot(self, sum: __m512, w: __m512i, x: [bf16; 2]) -> __m512 {
-        with!({
-            let x = _mm512_set1_epi32(bytemuck::cast(x));
-            // The same 64 bytes, seen as 32 bf16.
-            let w = std::mem::transmute::<__m512i, __m512bh>(w);
-            let x = std::mem::transmute::<__m512i, __m512bh>(x);
-            _mm512_dpbf16_ps(sum, w, x)
         })
     }
 

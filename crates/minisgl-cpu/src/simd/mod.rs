@@ -15,12 +15,12 @@ mod portable;
 mod unit;
 
 use bytemuck::{Pod, Zeroable};
-use half::{bf16, f16};
+use half::f16;
 use minisgl_tensor::{BackendError, Result};
 
 #[cfg(target_arch = "x86_64")]
 pub use amx::Amx;
-pub use unit::MatrixUnit;
+pub use unit::{MatrixUnit, Products, Sums};
 
 /// `[f(0), f(1), …]`. Neither `array::map` nor `array::from_fn` does in a kernel: they are functions
 /// compiled without its instruction set, and vectors cross their border through memory.
@@ -53,6 +53,8 @@ pub struct Aligned<T>(pub T);
 /// Vectors of sixteen lanes. A value of the type is the proof that this machine has the
 /// instructions.
 pub trait Simd: Copy + Send + Sync + 'static {
+    /// Rows of plain products that registers have room for.
+    const ROWS: usize;
     /// 16 f32.
     type F32: Copy;
     /// 16 lanes of 4 bytes.
@@ -106,10 +108,6 @@ pub trait Simd: Copy + Send + Sync + 'static {
 
     /// The first and the second bf16 of every lane.
     fn widen(self, pairs: Self::Bytes) -> (Self::F32, Self::F32);
-    /// What `widen` takes apart.
-    fn interleave(self, first: &[bf16; LANES], second: &[bf16; LANES]) -> Self::Bytes;
-    /// Adds the dot product of each lane's two bf16 with `x`.
-    fn pair_dot(self, sum: Self::F32, w: Self::Bytes, x: [bf16; 2]) -> Self::F32;
 
     /// What multiplies whole matrices.
     type Unit: MatrixUnit;
@@ -131,7 +129,7 @@ pub trait Kernel {
 /// An instruction set that this machine has.
 #[derive(Clone, Copy, Debug)]
 pub enum Isa {
-    /// AVX-512 with VNNI and BF16, and AMX where it is wanted.
+    /// AVX-512 with VNNI, and AMX where it is wanted.
     #[cfg(target_arch = "x86_64")]
     Avx512(avx512::Avx512),
     /// AVX2, FMA and F16C: x86-64 since 2013.
@@ -152,7 +150,7 @@ pub enum IsaChoice {
     Auto,
     /// AVX-512 and AMX's tiles, or an error.
     Amx,
-    /// AVX-512 with VNNI and BF16, or an error.
+    /// AVX-512 with VNNI, or an error.
     Avx512,
     /// AVX2 or an error.
     Avx2,
@@ -237,9 +235,9 @@ impl Isa {
         }
     }
 
-    /// Whether it multiplies bf16 with bf16, so that activations are rounded to bf16 for it.
-    pub fn has_pairs(self) -> bool {
-        matches!(self.choice(), IsaChoice::Amx | IsaChoice::Avx512)
+    /// Whether it has a `MatrixUnit`.
+    pub fn has_unit(self) -> bool {
+        self.choice() == IsaChoice::Amx
     }
 
     /// Runs `kernel` as compiled for this instruction set.

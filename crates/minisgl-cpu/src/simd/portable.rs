@@ -1,7 +1,7 @@
 //! Plain Rust: the oracle of the other instruction sets, and what runs where there is none. The
 //! compiler makes of it what the target has at least (SSE2, NEON).
 
-use half::{bf16, f16};
+use half::f16;
 
 use super::Simd;
 use super::unit::NoUnit;
@@ -22,6 +22,7 @@ fn dot4(sum: [i32; 16], w: impl Fn(usize) -> i32, x: [i8; 4]) -> [i32; 16] {
 }
 
 impl Simd for Portable {
+    const ROWS: usize = 4;
     type F32 = [f32; 16];
     type Bytes = [u8; 64];
     type NibbleSum = [i32; 16];
@@ -138,16 +139,6 @@ impl Simd for Portable {
     fn widen(self, pairs: [u8; 64]) -> ([f32; 16], [f32; 16]) {
         let half = |at: usize| f32::from_bits(u32::from_le_bytes([0, 0, pairs[at], pairs[at + 1]]));
         (map(|i| half(4 * i)), map(|i| half(4 * i + 2)))
-    }
-    #[inline(always)]
-    fn interleave(self, first: &[bf16; 16], second: &[bf16; 16]) -> [u8; 64] {
-        bytemuck::cast(map(|i| [first[i], second[i]]))
-    }
-    #[inline(always)]
-    fn pair_dot(self, sum: [f32; 16], w: [u8; 64], x: [bf16; 2]) -> [f32; 16] {
-        let (even, odd) = self.widen(w);
-        let sum = self.fma(even, self.splat(x[0].to_f32()), sum);
-        self.fma(odd, self.splat(x[1].to_f32()), sum)
     }
 
     type Unit = NoUnit;
