@@ -189,6 +189,38 @@ fn prompts_that_cannot_run() {
 }
 
 #[test]
+fn what_is_wrong_is_said_even_while_the_queue_is_full() {
+    let server = Setup::slow().start();
+    let body = text(r#""max_tokens": 1000"#);
+    let _busy: Vec<_> = (0..16).map(|_| server.send(TEXT, &body)).collect();
+    server.wait_for_in_flight(16);
+    assert_eq!(server.post(TEXT, &body).status, 503);
+    let ids = |ids: &str| format!(r#"{{"prompt": {ids}}}"#);
+    let rows: [Row; 13] = [
+        (CHAT, "{".to_string(), 400, ""),
+        (CHAT, r#"{"messages": []}"#.to_string(), 400, "messages"),
+        (CHAT, chat(r#""temperature": 9"#), 400, "temperature"),
+        (CHAT, chat(r#""regex": "(""#), 400, "regex"),
+        (CHAT, chat(r#""logit_bias": {"259": 1}"#), 400, "logit_bias"),
+        (CHAT, chat(r#""model": "other""#), 404, "model"),
+        (TEXT, ids("\"\""), 400, "prompt"),
+        (TEXT, ids("[259]"), 400, "prompt"),
+        (TEXT, ids(&format!("\"{}\"", "p".repeat(1024))), 400, "prompt"),
+        (TEXT, ids(&format!("[{}\"a\"]", "\"a\",".repeat(20))), 400, "prompt"),
+        (TEXT, text(r#""n": 1000000000"#), 400, "n"),
+        (TEXT, text(r#""max_tokens": 1024"#), 400, "max_tokens"),
+        (NATIVE, r#"{"input_ids": [300]}"#.to_string(), 400, "input_ids"),
+    ];
+    for (path, body, status, param) in rows {
+        let answer = server.post(path, &body);
+        let error = &answer.json()["error"];
+        assert_eq!(answer.status, status, "{body}: {error}");
+        assert!(error["param"].as_str().unwrap_or_default().contains(param), "{body}: {error}");
+    }
+    assert_eq!(server.post(TEXT, &body).status, 503);
+}
+
+#[test]
 fn numbers_at_under_and_over_their_limits() {
     let server = Setup::says("ok").start();
     let mut rows: Vec<Row> = Vec::new();
