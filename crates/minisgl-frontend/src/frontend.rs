@@ -175,11 +175,11 @@ impl Frontend {
     /// The ids of a prompt as `submit` has them.
     ///
     /// # Errors
-    /// If a chat cannot be rendered.
+    /// If a chat cannot be rendered, or a text is far too long.
     pub fn encode(&self, prompt: &Prompt) -> Result<Vec<u32>, SubmitError> {
         Ok(match prompt {
-            Prompt::Text(text) => self.0.text.encode_prompt(text)?,
-            Prompt::Chat(chat) => self.0.text.encode_chat(chat)?,
+            Prompt::Text(text) => self.0.text.encode_prompt(text, self.len_max())?,
+            Prompt::Chat(chat) => self.0.text.encode_chat(chat, self.len_max())?,
             Prompt::Tokens(ids) => ids.clone(),
         })
     }

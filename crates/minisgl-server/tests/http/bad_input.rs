@@ -78,6 +78,67 @@ fn malformed_json() {
     serves(&server);
 }
 
+/// What takes much memory for each of its bytes once it is parsed or encoded, in a body of 16 MiB.
+#[test]
+fn large_bodies_of_small_parts() {
+    let server = Setup::says("ok").start();
+    let fill = |part: &str| part.repeat((15 << 20) / part.len());
+    let objects = fill(r#"{"":1},"#);
+    let tool = |parameters: &str| {
+        chat(&format!(r#""tools": [{{"function": {{"name": "f", "parameters": {parameters}}}}}]"#))
+    };
+    let schema = |format: &str| format!(r#"{{"type": "json_schema", "json_schema": {format}}}"#);
+    let form = schema(&format!(r#"{{"schema": {{"x": [{objects}1]}}}}"#));
+    let sent_at = Instant::now();
+    check(
+        &server,
+        vec![
+            (CHAT, tool(&format!("[{objects}1]")), 400, ""),
+            (
+                CHAT,
+                chat(&format!(r#""chat_template_kwargs": {{"x": [{}1]}}"#, fill("1,"))),
+                400,
+                "",
+            ),
+            (CHAT, chat(&format!(r#""response_format": {form}"#)), 400, ""),
+            (CHAT, format!(r#"{{"messages": [{}1]}}"#, fill(r#"{"role":"user"},"#)), 400, ""),
+            (
+                CHAT,
+                format!(r#"{{"messages": [{{"role": "user", "content": "{}"}}]}}"#, fill("a b ")),
+                400,
+                "messages",
+            ),
+            (CHAT, chat(&format!(r#""unknown": [{objects}1]"#)), 400, ""),
+            (CHAT, chat(&format!(r#""user": "{}""#, fill("[{,"))), 200, ""),
+            (TEXT, text(&format!(r#""response_format": {form}"#)), 400, ""),
+            (TEXT, format!(r#"{{"prompt": "{}"}}"#, fill("a b ")), 400, "prompt"),
+            (TEXT, format!(r#"{{"prompt": [{}""]}}"#, fill(r#""","#)), 400, "prompt"),
+            (TEXT, format!(r#"{{"prompt": [{}[]]}}"#, fill("[],")), 400, "prompt"),
+            (TEXT, format!(r#"{{"prompt": [{}1]}}"#, fill("1,")), 400, "prompt"),
+            (TEXT, text(&format!(r#""stop": [{}""]"#, fill(r#""","#))), 400, "stop"),
+            (TEXT, text(&format!(r#""unknown": [{objects}1]"#)), 200, ""),
+            (NATIVE, format!(r#"{{"text": "{}"}}"#, fill("a b ")), 400, "text"),
+            (
+                NATIVE,
+                format!(
+                    r#"{{"text": "a", "sampling_params": {{"json_schema": "[{}1]"}}}}"#,
+                    fill("[],")
+                ),
+                400,
+                "sampling_params.json_schema",
+            ),
+            ("/tokenize", format!(r#"{{"prompt": "{}"}}"#, fill("a b ")), 400, "prompt"),
+            (
+                "/tokenize",
+                format!(r#"{{"prompt": "{}", "add_special_tokens": false}}"#, fill("a b ")),
+                400,
+                "prompt",
+            ),
+        ],
+    );
+    assert!(sent_at.elapsed() < Duration::from_secs(20), "{:?}", sent_at.elapsed());
+}
+
 #[test]
 fn wrong_types_and_missing_fields() {
     let server = Setup::says("ok").start();
