@@ -130,6 +130,18 @@ impl<'a, F: Form<E>, E: Pod> Reduce<'a, F, E> {
         rows
     }
 
+    /// Fetches what a tile is made of. Its rows lie in pieces too short for the processor to foresee.
+    #[inline(always)]
+    fn fetch<S: Simd>(&self, s: S, first: usize, end: usize) {
+        for pages in [self.keys, self.values] {
+            for row in self.rows::<TILE>(pages, first, end) {
+                for line in bytemuck::cast_slice::<E, u8>(row).chunks(64) {
+                    s.will_read(&line[0], 0);
+                }
+            }
+        }
+    }
+
     /// The tile of keys from position `first` on, for all queries.
     #[inline(always)]
     fn tile<S: Simd>(&mut self, s: S, first: usize, end: usize) {
@@ -168,10 +180,13 @@ impl<F: Form<E>, E: Pod> Kernel for Reduce<'_, F, E> {
         self.load_queries();
         F::begin(s, self.own, step.args.heads.dim, queries);
         self.own.total.reset(queries, vectors);
+        let last = ((item.first_span + item.spans) * SPAN).min(item.position + item.tokens);
+        self.fetch(s, item.first_span * SPAN, last);
         for span in item.first_span..item.first_span + item.spans {
             self.own.span.reset(queries, vectors);
             let end = ((span + 1) * SPAN).min(item.position + item.tokens);
             for first in (span * SPAN..end).step_by(TILE) {
+                self.fetch(s, first + TILE, last);
                 self.tile(s, first, end.min(first + TILE));
             }
             let ThreadScratch { span, total, .. } = &mut *self.own;
