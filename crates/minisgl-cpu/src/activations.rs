@@ -34,8 +34,7 @@ impl Prepared {
         let Input { x, cols, norm, order } = input;
         let count = order.map_or(x.len() / cols, <[u32]>::len);
         let panels = count.div_ceil(PANEL);
-        let height = if count == 1 { 1 } else { PANEL };
-        let blocks = if needs.blocks { cols / 32 * height } else { 0 };
+        let blocks = if needs.blocks { cols / 32 } else { 0 };
         let halves = if needs.halves { PARTS * cols.div_ceil(32) } else { 0 };
         let copied = norm.is_some() || order.is_some();
         if copied && self.floats.len() < count * cols {
@@ -65,15 +64,13 @@ impl Prepared {
                     let Some(x) = x.get(row * cols..).and_then(|x| x.get(..cols)) else { continue };
                     // SAFETY: as above.
                     let copy = copied.then(|| unsafe { floats.part(place * cols, cols) });
-                    let place = (lane, height);
-                    on.isa.run(PrepareRow { x, norm, copy, place, blocks, halves });
+                    on.isa.run(PrepareRow { x, norm, copy, lane, blocks, halves });
                 }
             });
         }
         let floats = if copied { &self.floats[..count * cols] } else { x };
         let (blocks, halves) = (panels * blocks, panels * halves);
-        let (blocks, halves) = (&self.blocks[..blocks], &self.halves[..halves]);
-        Rows { cols, floats, height, blocks, halves }
+        Rows { cols, floats, blocks: &self.blocks[..blocks], halves: &self.halves[..halves] }
     }
 }
 
@@ -81,8 +78,7 @@ struct PrepareRow<'a> {
     x: &'a [f32],
     norm: Option<&'a Norm>,
     copy: Option<&'a mut [f32]>,
-    /// Which of its panel's rows it is, and how many that has.
-    place: (usize, usize),
+    lane: usize,
     blocks: &'a mut [Quantized],
     halves: &'a mut [Half],
 }
@@ -100,12 +96,11 @@ impl Kernel for PrepareRow<'_> {
             }
             x = copy;
         }
-        let (lane, height) = self.place;
-        for (x, column) in x.as_chunks().0.iter().zip(self.blocks.chunks_exact_mut(height)) {
-            quantize(s, x, &mut column[lane]);
+        for (x, block) in x.as_chunks().0.iter().zip(self.blocks) {
+            quantize(s, x, self.lane, block);
         }
         if !self.halves.is_empty() {
-            split(x, lane, self.halves);
+            split(x, self.lane, self.halves);
         }
     }
 }
@@ -137,21 +132,24 @@ impl Kernel for NormRow<'_> {
 }
 
 #[inline(always)]
-fn quantize<S: Simd>(s: S, x: &[f32; 32], block: &mut Quantized) {
+fn quantize<S: Simd>(s: S, x: &[f32; 32], lane: usize, block: &mut Quantized) {
     let halves = x.as_chunks::<LANES>().0;
     let x = array!(2, s.splat(0.0), |i| s.load(&halves[i]));
     let sizes = array!(2, x[0], |i| s.max(x[i], s.mul(x[i], s.splat(-1.0))));
     let most = s.highest(s.max(sizes[0], sizes[1]));
     let factor = if most > 1e-30 { 127.0 / most } else { 0.0 };
     let codes = array!(2, x[0], |i| s.round(s.mul(x[i], s.splat(factor))));
-    for (codes, out) in codes.into_iter().zip(block.codes.as_chunks_mut().0) {
+    for (codes, out) in codes.into_iter().zip(block.codes[lane].as_chunks_mut().0) {
         s.store_i8(codes, out);
     }
     // Sums of so few and small integers are exact.
     let sums = array!(2, 0.0, |i| s.sum(codes[i]));
     let (d, total) = (most / 127.0, sums[0] + sums[1]);
-    (block.d, block.sum) = (d, d * total);
-    block.shifted = [sums[0], sums[1], total].map(|sum| -128 * sum as i32);
+    block.d[lane] = d;
+    block.sum[lane] = d * total;
+    for (shifted, sum) in block.shifted.iter_mut().zip([sums[0], sums[1], total]) {
+        shifted[lane] = -128 * sum as i32;
+    }
 }
 
 /// Puts a row of a panel as three bf16 that sum up to its f32: 8 bits of each, from the highest on.
@@ -168,6 +166,31 @@ pub fn split(x: &[f32], lane: usize, panel: &mut [Half]) {
                 let bits = left.to_bits() & 0xffff_0000;
                 *part = bf16::from_bits((bits >> 16) as u16);
                 *left -= f32::from_bits(bits);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn three_parts_lose_nothing() {
+        let cols = 37;
+        let row = |lane: usize| -> Vec<f32> {
+            let number = |i: usize| (lane * cols + i).wrapping_mul(0x9e37_79b9) as u32;
+            // Any sign and mantissa, from 2⁻⁴¹ to 2.
+            let float = |bits: u32| f32::from_bits(bits & 0x9fff_ffff | 0x2b00_0000);
+            (0..cols).map(|i| float(number(i))).collect()
+        };
+        let mut panel = [Half([[bf16::NAN; 32]; PANEL]); 2 * PARTS];
+        (0..PANEL).for_each(|lane| split(&row(lane), lane, &mut panel));
+        let part = |row: usize, i: usize| panel[row / PANEL * 2 + i / 32].0[row % PANEL][i % 32];
+        for lane in 0..PANEL {
+            for (i, x) in row(lane).into_iter().chain([0.0; 64 - 37]).enumerate() {
+                let parts = [0, 1, 2].map(|p| f64::from(part(PARTS * lane + p, i).to_f32()));
+                assert_eq!(parts.iter().sum::<f64>(), f64::from(x), "{lane}, {i}: {parts:?}");
             }
         }
     }

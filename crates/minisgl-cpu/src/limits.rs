@@ -144,6 +144,7 @@ mod x86 {
     use std::hint::black_box;
 
     use super::{PASSES, Product, SUMS};
+    use crate::kernels::PANEL;
     use crate::simd::{Amx, MatrixUnit, Products};
 
     pub fn sum_avx2(words: &[u64]) -> u64 {
@@ -191,7 +192,7 @@ mod x86 {
         ($instruction:literal) => {
             || {
                 let Some(unit) = Amx::detect() else { return };
-                unit.begin(Products::Pairs);
+                unit.begin(Products::Pairs { rows: PANEL });
                 for _ in 0..PASSES * SUMS {
                     // SAFETY: `unit` proves the instruction, which works on registers alone;
                     // `begin` has made all three whole.

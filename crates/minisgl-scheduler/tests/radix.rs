@@ -100,12 +100,8 @@ impl Model {
             self.written.insert(request.pages[index], request.tokens[..upto].to_vec());
         }
         request.computed = request.computed.max(end);
-        let shared = self.memory.shared_len(&request.holding);
-        let computed = &request.tokens[shared..request.computed];
-        let duplicates = self.memory.publish(&mut request.holding, computed);
-        let shared = self.memory.shared_len(&request.holding);
-        assert_eq!(self.memory.shared_tokens(&request.holding), request.tokens[..shared]);
-        if let Some(duplicates) = duplicates {
+        let computed = &request.tokens[..request.computed];
+        if let Some(duplicates) = self.memory.publish(&mut request.holding, computed) {
             assert_eq!(duplicates.pages.len(), duplicates.replaced.len());
             let places = duplicates.first..duplicates.first + duplicates.pages.len();
             request.pages.splice(places, duplicates.pages);
@@ -182,8 +178,7 @@ fn what_was_used_last_is_evicted_last() {
         let mut holding = memory.open();
         let found = memory.follow(&mut holding, tokens).len();
         assert!(memory.grow(&mut holding, tokens.len() / 2));
-        let new = &tokens[memory.shared_len(&holding)..];
-        assert!(memory.publish(&mut holding, new).is_none());
+        assert!(memory.publish(&mut holding, tokens).is_none());
         memory.close(holding);
         found
     };

@@ -160,7 +160,7 @@ fn unit<S: Simd>(s: S) -> S::Unit {
 impl Form<f16> for Pairs {
     #[inline(always)]
     fn begin<S: Simd>(s: S, own: &mut ThreadScratch, dim: usize, queries: usize) {
-        unit(s).begin(Products::Pairs);
+        unit(s).begin(Products::Pairs { rows: PARTS * queries });
         let across = dim.div_ceil(32);
         let ThreadScratch { pairs, q, .. } = own;
         for part in 0..2 {

@@ -82,7 +82,7 @@ impl Kernel for PairProduct<'_> {
         let TileProduct { tile, x, out, room, .. } = self.0;
         let tile: &[Line] = bytemuck::cast_slice(tile);
         if let Some(unit) = s.unit() {
-            unit.begin(Products::Pairs);
+            unit.begin(Products::Pairs { rows: PARTS * out.len() });
             let panels = x.halves.chunks_exact(PARTS * x.cols.div_ceil(32));
             for (out, panel) in out.chunks_mut(PANEL).zip(panels) {
                 pairs(s, unit, panel, (tile, &[]), &mut room.sums, out);
@@ -105,6 +105,9 @@ fn widened<S: Simd, const R: usize>(s: S, pairs: &[Line], x: [&[f32]; R]) -> [S:
     let cols = x[0].len();
     let x = array!(R, &[] as &[f32], |r| &x[r][..cols]);
     for (k, pair) in pairs[..cols / 2].iter().enumerate() {
+        if R == 1 {
+            s.will_read(&pair.0[0], size_of_val(pairs));
+        }
         let (even, odd) = s.widen(s.load_bytes(&pair.0));
         for r in 0..R {
             sums[r] = s.fma(even, s.splat(x[r][2 * k]), sums[r]);

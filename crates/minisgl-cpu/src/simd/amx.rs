@@ -8,7 +8,7 @@ use half::f16;
 
 use super::unit::{MatrixUnit, Products, Sums};
 use super::{Aligned, LANES, Line};
-use crate::kernels::{Half, PANEL, Quantized};
+use crate::kernels::{Half, PANEL};
 
 /// Proof that this machine has AMX with bytes and bf16, and that the system lets us use it; and
 /// AVX-512 F and BW, as all that have AMX do.
@@ -91,21 +91,24 @@ macro_rules! load {
     };
 }
 
-/// Adds the product of a tile of activations, by way of register `$x`, with the weights in `tmm6`,
-/// and those in `tmm7` if there are such.
-macro_rules! add_product {
-    ($sum:tt, $x:tt, $lines:expr, $low:expr) => {{
-        load!($x, $lines);
+/// A register into sixteen lines.
+macro_rules! store {
+    ($register:literal, $lines:expr) => {
         asm!(
-            concat!("tdpbf16ps ", $sum, ", ", $x, ", tmm6"), out($sum) _, options(nostack, nomem),
-        );
-        if $low {
-            asm!(
-                concat!("tdpbf16ps ", $sum, ", ", $x, ", tmm7"),
-                out($sum) _, options(nostack, nomem),
-            );
-        }
-    }};
+            concat!("tilestored [{} + {stride}], ", $register),
+            in(reg) $lines, stride = in(reg) 64usize, options(nostack),
+        )
+    };
+}
+
+/// Adds a product of two registers to a third.
+macro_rules! add_product {
+    ($sum:tt, $x:literal, $w:literal) => {
+        asm!(
+            concat!("tdpbf16ps ", $sum, ", ", $x, ", ", $w),
+            out($sum) _, options(nostack, nomem),
+        )
+    };
 }
 
 impl MatrixUnit for Amx {
@@ -113,15 +116,19 @@ impl MatrixUnit for Amx {
     #[inline(always)]
     fn begin(self, products: Products) {
         let wanted = match products {
-            Products::Bytes => &BYTES,
-            Products::Pairs => &PAIRS,
+            Products::Bytes => BYTES,
+            Products::Pairs { rows } => {
+                let mut few = PAIRS;
+                few.rows[..6].fill(rows.min(PANEL) as u8);
+                few
+            }
         };
         let mut now = Config { palette: 0, ..PAIRS };
         // SAFETY: `self` proves the instructions; both move one `Config`.
         unsafe {
             asm!("sttilecfg [{}]", in(reg) &mut now, options(nostack));
-            if now != *wanted {
-                asm!("ldtilecfg [{}]", in(reg) wanted, options(nostack));
+            if now != wanted {
+                asm!("ldtilecfg [{}]", in(reg) &wanted, options(nostack));
             }
         }
     }
@@ -129,7 +136,7 @@ impl MatrixUnit for Amx {
     #[inline(always)]
     fn byte_products(
         self,
-        x: &[Quantized; PANEL],
+        x: &[[i8; 32]; PANEL],
         at: usize,
         w: &[Line],
         out: &mut Aligned<[[i32; LANES]; PANEL]>,
@@ -140,22 +147,22 @@ impl MatrixUnit for Amx {
             match (w.len(), at) {
                 (8, 0) => asm!(
                     "tilezero tmm0",
-                    "tileloadd tmm1, [{x} + {stride}]",
+                    "tileloadd tmm1, [{x} + {x_stride}]",
                     "tileloadd tmm2, [{w} + {stride}]",
                     "tdpbssd tmm0, tmm1, tmm2",
                     "tilestored [{out} + {stride}], tmm0",
                     x = in(reg) x, w = in(reg) w.as_ptr(), out = in(reg) out,
-                    stride = in(reg) size_of::<Quantized>(),
+                    x_stride = in(reg) 32usize, stride = in(reg) 64usize,
                     out("tmm0") _, out("tmm1") _, out("tmm2") _, options(nostack),
                 ),
                 (4, 0 | 16) => asm!(
                     "tilezero tmm0",
-                    "tileloadd tmm3, [{x} + {stride}]",
+                    "tileloadd tmm3, [{x} + {x_stride}]",
                     "tileloadd tmm4, [{w} + {stride}]",
                     "tdpbssd tmm0, tmm3, tmm4",
                     "tilestored [{out} + {stride}], tmm0",
                     x = in(reg) x.as_ptr().byte_add(at), w = in(reg) w.as_ptr(), out = in(reg) out,
-                    stride = in(reg) size_of::<Quantized>(),
+                    x_stride = in(reg) 32usize, stride = in(reg) 64usize,
                     out("tmm0") _, out("tmm3") _, out("tmm4") _, options(nostack),
                 ),
                 _ => unreachable!("{} rows of codes from column {at}", w.len()),
@@ -169,8 +176,8 @@ impl MatrixUnit for Amx {
         let tiles = x.chunks_exact(w.len()).len();
         let low = (!low.is_empty()).then(|| &low[..w.len()]);
         assert!(tiles <= out.0.len());
-        // SAFETY: `self` proves the instructions, and `begin` made all registers whole; every
-        // address is that of sixteen lines, inside slices whose lengths were looked at. No code but
+        // SAFETY: `self` proves the instructions, and `begin` made registers of at most sixteen
+        // lines; every address is that of as many, inside slices whose lengths were looked at. No code but
         // this touches the registers in between.
         unsafe {
             asm!(
@@ -179,24 +186,35 @@ impl MatrixUnit for Amx {
             );
             for (k, w_tile) in w.iter().enumerate() {
                 load!("tmm6", w_tile);
-                if let Some(low) = low {
-                    load!("tmm7", &low[k]);
-                }
-                add_product!("tmm0", "tmm3", &x[k], low.is_some());
+                load!("tmm3", &x[k]);
+                add_product!("tmm0", "tmm3", "tmm6");
                 if tiles > 1 {
-                    add_product!("tmm1", "tmm4", &x[w.len() + k], low.is_some());
+                    load!("tmm4", &x[w.len() + k]);
+                    add_product!("tmm1", "tmm4", "tmm6");
                 }
                 if tiles > 2 {
-                    add_product!("tmm2", "tmm5", &x[2 * w.len() + k], low.is_some());
+                    load!("tmm5", &x[2 * w.len() + k]);
+                    add_product!("tmm2", "tmm5", "tmm6");
+                }
+                // Only now, so that no product waits for the sum that the one before it makes.
+                if let Some(low) = low {
+                    load!("tmm7", &low[k]);
+                    add_product!("tmm0", "tmm3", "tmm7");
+                    if tiles > 1 {
+                        add_product!("tmm1", "tmm4", "tmm7");
+                    }
+                    if tiles > 2 {
+                        add_product!("tmm2", "tmm5", "tmm7");
+                    }
                 }
             }
-            asm!(
-                "tilestored [{} + {stride}], tmm0",
-                "tilestored [{} + {stride}], tmm1",
-                "tilestored [{} + {stride}], tmm2",
-                in(reg) &mut out.0[0], in(reg) &mut out.0[1], in(reg) &mut out.0[2],
-                stride = in(reg) 64usize, options(nostack),
-            );
+            store!("tmm0", &mut out.0[0]);
+            if tiles > 1 {
+                store!("tmm1", &mut out.0[1]);
+            }
+            if tiles > 2 {
+                store!("tmm2", &mut out.0[2]);
+            }
         }
     }
 
@@ -243,5 +261,39 @@ unsafe fn split(first: __m512, second: __m512, high: &mut Line, low: &mut Line) 
         let lefts = join(left(first, firsts), left(second, seconds));
         _mm512_store_si512(high.0.as_mut_ptr().cast(), join(firsts, seconds));
         _mm512_store_si512(low.0.as_mut_ptr().cast(), lefts);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use half::bf16;
+
+    use super::*;
+
+    #[test]
+    fn every_f16_is_two_bf16() {
+        let Some(unit) = Amx::detect() else { return eprintln!("skipped: no AMX") };
+        let numbers: Vec<f16> =
+            (0..=u16::MAX).map(f16::from_bits).filter(|x| x.is_finite()).collect();
+        for both in numbers.as_chunks::<{ 2 * LANES }>().0 {
+            let (first, second) = both.split_at(LANES);
+            let (first, second) = (first.first_chunk().unwrap(), second.first_chunk().unwrap());
+            let pairs: [[f16; 2]; LANES] = std::array::from_fn(|i| [first[i], second[i]]);
+            let mut parts = [Line([0; 64]); 2];
+            let [high, low] = &mut parts;
+            unit.split_rows(first, second, high, low);
+            let sum = |i: usize| {
+                let part = |line: &Line| bytemuck::cast::<_, [[bf16; 2]; LANES]>(line.0)[i];
+                let (high, low) = (part(&parts[0]), part(&parts[1]));
+                [0, 1].map(|of| high[of].to_f32() + low[of].to_f32())
+            };
+            for (i, pair) in pairs.iter().enumerate() {
+                assert_eq!(sum(i), pair.map(f16::to_f32));
+            }
+            let from_rows = parts.map(|line| line.0);
+            let [high, low] = &mut parts;
+            unit.split_pairs(&Line(bytemuck::cast(pairs)), high, low);
+            assert_eq!(parts.map(|line| line.0), from_rows);
+        }
     }
 }

@@ -1,9 +1,7 @@
 //! Gated MLPs: one, or many of which a token uses a few.
 
 use anyhow::Result;
-use minisgl_tensor::{
-    Activation, BackendError, HostTensor, Mlp as MlpArgs, Moe, Norm, Store, Tensor, Weight,
-};
+use minisgl_tensor::{Activation, BackendError, HostTensor, Moe, Norm, Store, Tensor, Weight};
 
 use super::{ColumnPart, ForwardCtx, Linear};
 use crate::config::{ModelConfig, MoeConfig};
@@ -38,13 +36,7 @@ impl Mlp {
 
     /// `hidden += mlp(norm(hidden))`.
     pub fn add_to_hidden(&self, ctx: &ForwardCtx<'_>, norm: &Norm) -> Result<(), BackendError> {
-        let whole = self.gate_up.whole().zip(self.down.whole());
-        let Some(((gate_up, None), (down, _))) = whole else {
-            return self.down.add_to_hidden(ctx, &self.gated(ctx, norm)?);
-        };
-        let mid = &ctx.workspace.inner.reshape(&[ctx.batch.tokens, self.inner]);
-        let args = MlpArgs { norm, gate_up, activation: self.activation, down, mid };
-        ctx.backend.mlp(&args, &ctx.hidden())
+        self.down.add_to_hidden(ctx, &self.gated(ctx, norm)?)
     }
 
     /// `delta = mlp(norm(hidden))`.
