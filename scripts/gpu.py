@@ -203,7 +203,7 @@ class Bench:
         self.keep(part, counts)
 
     def tests(self):
-        self.cargo_tests("tests", ["ops", "collective", "cards"])
+        self.cargo_tests("tests", ["ops", "half_layers", "collective", "cards"])
 
     def tp_tests(self):
         self.cargo_tests("tp-tests", ["collective", "cards"], "cards_of_their_own")

@@ -11,11 +11,13 @@ mkdir -p "$out"
 cargo build --profile dist -p minisgl --bin minisgl
 cp "$target/dist/minisgl" "$out/"
 cargo test --release --no-run --workspace \
-    --test ops --test collective --test cards 2>&1 | tee "$out/build.log"
+    --test ops --test half_layers --test collective --test cards 2>&1 | tee "$out/build.log"
 sed -n 's|.*Executable tests/\(.*\)\.rs (\(.*\))|\1 \2|p' "$out/build.log" |
     while read -r name path; do cp "$path" "$out/$name"; done
-cargo build --release --workspace --example decode_step --example exchange
-cp "$target/release/examples/decode_step" "$target/release/examples/exchange" "$out/"
+cargo build --release --workspace --example decode_step --example products --example exchange
+for name in decode_step products exchange; do
+    cp "$target/release/examples/$name" "$out/"
+done
 rm "$out/build.log"
 strip "$out"/*
 git describe --always --dirty >"$out/commit"

@@ -92,6 +92,29 @@ def test_calls_are_streamed_as_the_package_expects(caller):
     assert choice.message.tool_calls[0].function.parsed_arguments == Weather(city="Köln", days=2)
 
 
+def test_arguments_come_while_they_are_generated():
+    """Each token takes 2 ms: name and id first, then the arguments piece by piece."""
+    with servers.fake(answer=CALLS, template=TEMPLATE, step_us=2000) as server:
+        client = connect(server)
+        ask = dict(model=FAKE_MODEL, messages=QUESTION, tools=[WEATHER, SEASON])
+        with client.chat.completions.stream(**ask) as stream:
+            events = [event for event in stream if event.type.startswith("tool_calls")]
+        pieces = [event for event in events if event.type.endswith("delta") and event.index == 0]
+        assert len(pieces) > 10 and pieces[3].parsed_arguments != pieces[-1].parsed_arguments
+        deltas = [
+            call
+            for chunk in client.chat.completions.create(**ask, stream=True)
+            for call in chunk.choices[0].delta.tool_calls or []
+        ]
+    begun = [(call.index, call.function.name, call.type) for call in deltas if call.id]
+    assert begun == [(0, "weather", "function"), (1, "season", "function")]
+    for index, arguments in enumerate(['{"city": "Köln", "days": 2}', "{}"]):
+        first, *rest = [call for call in deltas if call.index == index]
+        assert first.function.arguments == "" and rest
+        assert all(call.function.name is None and call.type is None for call in rest)
+        assert "".join(call.function.arguments for call in rest) == arguments
+
+
 def test_results_go_back_to_the_model(caller):
     ask = dict(model=FAKE_MODEL, tools=[WEATHER, SEASON])
     [choice] = caller.chat.completions.create(**ask, messages=QUESTION).choices

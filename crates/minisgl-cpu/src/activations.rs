@@ -34,7 +34,8 @@ impl Prepared {
         let Input { x, cols, norm, order } = input;
         let count = order.map_or(x.len() / cols, <[u32]>::len);
         let panels = count.div_ceil(PANEL);
-        let blocks = if needs.blocks { cols / 32 } else { 0 };
+        let height = if count == 1 { 1 } else { PANEL };
+        let blocks = if needs.blocks { cols / 32 * height } else { 0 };
         let halves = if needs.halves { PARTS * cols.div_ceil(32) } else { 0 };
         let copied = norm.is_some() || order.is_some();
         if copied && self.floats.len() < count * cols {
@@ -64,13 +65,15 @@ impl Prepared {
                     let Some(x) = x.get(row * cols..).and_then(|x| x.get(..cols)) else { continue };
                     // SAFETY: as above.
                     let copy = copied.then(|| unsafe { floats.part(place * cols, cols) });
-                    on.isa.run(PrepareRow { x, norm, copy, lane, blocks, halves });
+                    let place = (lane, height);
+                    on.isa.run(PrepareRow { x, norm, copy, place, blocks, halves });
                 }
             });
         }
         let floats = if copied { &self.floats[..count * cols] } else { x };
         let (blocks, halves) = (panels * blocks, panels * halves);
-        Rows { cols, floats, blocks: &self.blocks[..blocks], halves: &self.halves[..halves] }
+        let (blocks, halves) = (&self.blocks[..blocks], &self.halves[..halves]);
+        Rows { cols, floats, height, blocks, halves }
     }
 }
 
@@ -78,7 +81,8 @@ struct PrepareRow<'a> {
     x: &'a [f32],
     norm: Option<&'a Norm>,
     copy: Option<&'a mut [f32]>,
-    lane: usize,
+    /// Which of its panel's rows it is, and how many that has.
+    place: (usize, usize),
     blocks: &'a mut [Quantized],
     halves: &'a mut [Half],
 }
@@ -96,11 +100,12 @@ impl Kernel for PrepareRow<'_> {
             }
             x = copy;
         }
-        for (x, block) in x.as_chunks().0.iter().zip(self.blocks) {
-            quantize(s, x, self.lane, block);
+        let (lane, height) = self.place;
+        for (x, column) in x.as_chunks().0.iter().zip(self.blocks.chunks_exact_mut(height)) {
+            quantize(s, x, &mut column[lane]);
         }
         if !self.halves.is_empty() {
-            split(x, self.lane, self.halves);
+            split(x, lane, self.halves);
         }
     }
 }
@@ -132,24 +137,21 @@ impl Kernel for NormRow<'_> {
 }
 
 #[inline(always)]
-fn quantize<S: Simd>(s: S, x: &[f32; 32], lane: usize, block: &mut Quantized) {
+fn quantize<S: Simd>(s: S, x: &[f32; 32], block: &mut Quantized) {
     let halves = x.as_chunks::<LANES>().0;
     let x = array!(2, s.splat(0.0), |i| s.load(&halves[i]));
     let sizes = array!(2, x[0], |i| s.max(x[i], s.mul(x[i], s.splat(-1.0))));
     let most = s.highest(s.max(sizes[0], sizes[1]));
     let factor = if most > 1e-30 { 127.0 / most } else { 0.0 };
     let codes = array!(2, x[0], |i| s.round(s.mul(x[i], s.splat(factor))));
-    for (codes, out) in codes.into_iter().zip(block.codes[lane].as_chunks_mut().0) {
+    for (codes, out) in codes.into_iter().zip(block.codes.as_chunks_mut().0) {
         s.store_i8(codes, out);
     }
     // Sums of so few and small integers are exact.
     let sums = array!(2, 0.0, |i| s.sum(codes[i]));
     let (d, total) = (most / 127.0, sums[0] + sums[1]);
-    block.d[lane] = d;
-    block.sum[lane] = d * total;
-    for (shifted, sum) in block.shifted.iter_mut().zip([sums[0], sums[1], total]) {
-        shifted[lane] = -128 * sum as i32;
-    }
+    (block.d, block.sum) = (d, d * total);
+    block.shifted = [sums[0], sums[1], total].map(|sum| -128 * sum as i32);
 }
 
 /// Puts a row of a panel as three bf16 that sum up to its f32: 8 bits of each, from the highest on.

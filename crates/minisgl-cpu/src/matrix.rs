@@ -35,18 +35,27 @@ impl Default for Scratch {
 pub struct Matrix {
     pub rows: usize,
     pub cols: usize,
-    tiles: Vec<Tile>,
-    pieces: Vec<Piece>,
+    /// How many all parts have.
+    tiles: usize,
+    parts: Vec<Part>,
+}
+
+/// Some rows, of one type: tiles of sixteen rows, the last of which may have fewer.
+struct Part {
+    dtype: DType,
+    first_row: usize,
+    rows: usize,
+    first_tile: usize,
+    tile_bytes: usize,
+    piece: Piece,
 }
 
 /// Up to sixteen rows.
-struct Tile {
+struct Tile<'a> {
     dtype: DType,
     first_row: usize,
     lanes: usize,
-    piece: usize,
-    offset: usize,
-    bytes: usize,
+    bytes: &'a [u8],
 }
 
 /// A vector in f32: norm weights, biases.
@@ -60,7 +69,7 @@ impl Matrix {
     /// Errors: a part that is no matrix of `cols` columns, or has not its shape's bytes.
     pub fn pack(parts: &[HostTensor<'_>], precision: Precision, on: &Machine) -> Result<Self> {
         let cols = parts.first().map_or(0, HostTensorExt::cols);
-        let mut matrix = Self { rows: 0, cols, tiles: Vec::new(), pieces: Vec::new() };
+        let mut matrix = Self { rows: 0, cols, tiles: 0, parts: Vec::new() };
         for part in parts {
             let source = Source::new(part, cols)?;
             // A gated matrix in one piece must have tiles that begin with the second half.
@@ -79,6 +88,9 @@ impl Matrix {
         precision: Precision,
         on: &Machine,
     ) -> Result<()> {
+        if rows.is_empty() {
+            return Ok(());
+        }
         let dtype = kept_as(source.dtype, precision);
         let bytes = match dtype {
             DType::F32 | DType::F16 => self.cols * LANES * dtype.block_bytes(),
@@ -94,39 +106,45 @@ impl Matrix {
             let tile = unsafe { target.part(index * bytes, bytes) };
             source.pack_tile(first..rows.end.min(first + LANES), dtype, tile);
         });
-        for index in 0..count {
-            let lanes = LANES.min(rows.len() - index * LANES);
-            let (first_row, piece) = (self.rows + index * LANES, self.pieces.len());
-            let offset = index * bytes;
-            self.tiles.push(Tile { dtype, first_row, lanes, piece, offset, bytes });
-        }
+        self.parts.push(Part {
+            dtype,
+            first_row: self.rows,
+            rows: rows.len(),
+            first_tile: self.tiles,
+            tile_bytes: bytes,
+            piece,
+        });
         self.rows += rows.len();
-        self.pieces.push(piece);
+        self.tiles += count;
         Ok(())
     }
 
-    fn tile_bytes(&self, tile: &Tile) -> &[u8] {
-        &self.pieces[tile.piece].as_bytes()[tile.offset..][..tile.bytes]
+    fn tile(&self, index: usize) -> Tile<'_> {
+        let found = self.parts.partition_point(|part| part.first_tile <= index) - 1;
+        let part = &self.parts[found];
+        let at = index - part.first_tile;
+        Tile {
+            dtype: part.dtype,
+            first_row: part.first_row + at * LANES,
+            lanes: LANES.min(part.rows - at * LANES),
+            bytes: &part.piece.as_bytes()[at * part.tile_bytes..][..part.tile_bytes],
+        }
     }
 
     /// In which forms products need their activations.
     pub fn needs(&self, on: &Machine) -> Needs {
         Needs {
-            blocks: self.piece_types().any(DType::is_quantized),
-            halves: on.isa.has_unit() && self.piece_types().any(|dtype| dtype == DType::BF16),
+            blocks: self.parts.iter().any(|part| part.dtype.is_quantized()),
+            halves: on.isa.has_unit() && self.parts.iter().any(|part| part.dtype == DType::BF16),
         }
-    }
-
-    fn piece_types(&self) -> impl Iterator<Item = DType> {
-        // One look a piece is enough; a piece's first tile is the one at offset 0.
-        self.tiles.iter().filter(|tile| tile.offset == 0).map(|tile| tile.dtype)
     }
 
     /// Decodes row `index`.
     pub fn row(&self, index: usize, out: &mut [f32]) {
-        let found = self.tiles.partition_point(|tile| tile.first_row <= index) - 1;
-        let tile = &self.tiles[found];
-        let (bytes, lane) = (self.tile_bytes(tile), index - tile.first_row);
+        let found = self.parts.partition_point(|part| part.first_row <= index) - 1;
+        let part = &self.parts[found];
+        let tile = self.tile(part.first_tile + (index - part.first_row) / LANES);
+        let (bytes, lane) = (tile.bytes, index - tile.first_row);
         match tile.dtype {
             DType::F32 => column_elements(bytes, lane, out, |x: f32| x),
             DType::F16 => column_elements(bytes, lane, out, f16::to_f32),
@@ -152,12 +170,12 @@ impl Matrix {
 
     /// Puts the products with the first `rows` rows of `x` into `target`.
     pub fn multiply(&self, on: &Machine, x: Rows<'_>, rows: usize, target: Target<'_>) {
-        self.each_item(on, rows, self.tiles.len(), &|part, index, scratch| {
-            let tile = &self.tiles[index];
+        self.each_item(on, rows, self.tiles, &|part, index, scratch| {
+            let tile = self.tile(index);
             let Scratch { products, room, .. } = scratch;
             let products = &mut products.0[..part.len()];
             target.fetch(on.isa, (part.start, tile.first_row), part.len());
-            self.product(on, tile, x.from(part.start), room, products);
+            product(on, &tile, x.from(part.start), room, products);
             target.put(on.isa, (part.start, tile.first_row, tile.lanes), products);
         });
     }
@@ -172,35 +190,23 @@ impl Matrix {
         activation: Activation,
         target: Target<'_>,
     ) -> Result<()> {
-        let (gates, ups) = self.tiles.split_at(self.tiles.len() / 2);
-        if ups.first().is_none_or(|up| 2 * up.first_row != self.rows) {
+        let gates = self.tiles / 2;
+        if gates == 0 || 2 * self.tile(gates).first_row != self.rows {
             let message = "a gated matrix is one part, or a gate and an equally large rest";
             return Err(BackendError::Unsupported(message.into()));
         }
-        self.each_item(on, rows, gates.len(), &|part, index, scratch| {
-            let (gate, up) = (&gates[index], &ups[index]);
+        self.each_item(on, rows, gates, &|part, index, scratch| {
+            let (gate, up) = (self.tile(index), self.tile(gates + index));
             let Scratch { products, factors, room } = scratch;
             let (products, factors) = (&mut products.0[..part.len()], &mut factors.0[..part.len()]);
             let x = x.from(part.start);
             target.fetch(on.isa, (part.start, gate.first_row), part.len());
-            self.product(on, gate, x, room, products);
-            self.product(on, up, x, room, factors);
+            product(on, &gate, x, room, products);
+            product(on, &up, x, room, factors);
             on.isa.run(Gate { activation, gates: products, ups: factors });
             target.put(on.isa, (part.start, gate.first_row, gate.lanes), products);
         });
         Ok(())
-    }
-
-    fn product(
-        &self,
-        on: &Machine,
-        tile: &Tile,
-        x: Rows<'_>,
-        room: &mut UnitRoom,
-        out: &mut [[f32; LANES]],
-    ) {
-        let bytes = self.tile_bytes(tile);
-        TileProduct { dtype: tile.dtype, tile: bytes, x, room, out }.run_on(on.isa);
     }
 
     /// Calls `work(range of rows, tile, scratch)` for all runs of rows and all tiles.
@@ -212,6 +218,16 @@ impl Matrix {
             work(first..rows.min(first + ITEM_ROWS), tile, scratch);
         });
     }
+}
+
+fn product(
+    on: &Machine,
+    tile: &Tile<'_>,
+    x: Rows<'_>,
+    room: &mut UnitRoom,
+    out: &mut [[f32; LANES]],
+) {
+    TileProduct { dtype: tile.dtype, tile: tile.bytes, x, room, out }.run_on(on.isa);
 }
 
 /// `gates = activation(gates) · ups`.

@@ -1,14 +1,16 @@
 //! A thread pool for steps of microseconds.
 //!
-//! One thread calls `run` and works along; the others wait, first spinning, then parked. Work is
-//! handed out in shrinking runs of consecutive items, so that a thread reads memory in order and
-//! the last ones finish together. Nobody waits for a thread that has not come: a worker *enters*
-//! a job, and when the items are gone the job closes and only those inside are waited for. A
-//! worker that the system keeps off its core therefore costs nothing but its help. No allocation
-//! and, while workers spin, no system call.
+//! One thread calls `run` and works along; the others wait, first spinning, then parked. Each thread
+//! has a share of a job's items, consecutive ones, and takes them in shrinking runs, so that it reads
+//! memory in order and writes to no cache line of others; who is done takes from the ends of the
+//! others' shares. Nobody waits for a thread that has not come: a worker *enters* a job, and when the
+//! items are gone the job closes and only those inside are waited for. A worker that the system keeps
+//! off its core therefore costs nothing but its help. No allocation and, while workers spin, no
+//! system call.
 
 use std::cell::UnsafeCell;
 use std::hint::spin_loop;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -37,25 +39,69 @@ pub struct Pool {
 }
 
 struct Shared {
-    /// The job's number, `OPEN`, and how many workers are inside.
-    state: Line<AtomicU64>,
-    /// Items not yet handed out: `next..end`.
-    next: Line<AtomicUsize>,
-    job: UnsafeCell<Job>,
+    /// A worker that sees a new job has all of it.
+    now: Line<Now>,
+    /// What is left of each thread's share.
+    shares: Vec<Line<Share>>,
     parked: AtomicUsize,
     panicked: AtomicBool,
     stop: AtomicBool,
 }
 
-/// A cache line of its own.
+struct Now {
+    /// The job's number, `OPEN`, and how many workers are inside.
+    state: AtomicU64,
+    job: UnsafeCell<Job>,
+}
+
+/// A cache line of its own, and the one that the processor fetches with it.
 #[repr(align(128))]
 struct Line<T>(T);
 
 #[derive(Clone, Copy)]
 struct Job {
     work: *const (dyn Fn(usize, usize) + Sync),
-    end: usize,
-    threads: usize,
+    items: usize,
+    /// The number's low bits, never 0.
+    tag: u64,
+}
+
+/// Items `next..end` of the job with number `tag`, 24, 24 and 16 bits. Under another tag, nobody has
+/// taken any of this job's yet.
+struct Share(AtomicU64);
+
+impl Share {
+    const BITS: u32 = 24;
+    const ITEMS_MAX: usize = (1 << Self::BITS) - 1;
+    const TAGS: u64 = 1 << (64 - 2 * Self::BITS);
+
+    /// Takes a third of what is left, from the front or from the back. `whole` is the share before
+    /// anybody took of it.
+    fn take(&self, tag: u64, whole: &Range<usize>, front: bool) -> Option<Range<usize>> {
+        let mut seen = self.0.load(Ordering::Relaxed);
+        loop {
+            let Range { start, end } = match seen >> (2 * Self::BITS) == tag {
+                true => {
+                    let part = |shift: u32| (seen >> shift) as usize & Self::ITEMS_MAX;
+                    part(Self::BITS)..part(0)
+                }
+                false => whole.clone(),
+            };
+            if start >= end {
+                return None;
+            }
+            let count = ((end - start) / 3).max(1);
+            let (taken, left) = match front {
+                true => (start..start + count, start + count..end),
+                false => (end - count..end, start..end - count),
+            };
+            let left = (tag << Self::BITS | left.start as u64) << Self::BITS | left.end as u64;
+            match self.0.compare_exchange_weak(seen, left, Ordering::Relaxed, Ordering::Relaxed) {
+                Ok(_) => return Some(taken),
+                Err(current) => seen = current,
+            }
+        }
+    }
 }
 
 // SAFETY: `job` is written only by the thread inside `run` while no job is open and nobody is
@@ -69,9 +115,11 @@ impl Pool {
     /// go. The caller has the first of them, and puts itself there.
     pub fn new(threads: usize, cores: &[usize]) -> std::io::Result<Self> {
         let shared = Arc::new(Shared {
-            state: Line(AtomicU64::new(0)),
-            next: Line(AtomicUsize::new(0)),
-            job: UnsafeCell::new(Job { work: &|_, _| (), end: 0, threads: threads.max(1) }),
+            now: Line(Now {
+                state: AtomicU64::new(0),
+                job: UnsafeCell::new(Job { work: &|_, _| (), items: 0, tag: 0 }),
+            }),
+            shares: (0..threads.max(1)).map(|_| Line(Share(AtomicU64::new(0)))).collect(),
             parked: AtomicUsize::new(0),
             panicked: AtomicBool::new(false),
             stop: AtomicBool::new(false),
@@ -103,7 +151,7 @@ impl Pool {
     /// `threads()`, and at any time no two calls have the same.
     ///
     /// # Panics
-    /// If `work` does.
+    /// If `work` does, or there are more than 24 bits can count.
     pub fn run(&self, items: usize, work: &(dyn Fn(usize, usize) + Sync)) {
         if items == 0 {
             return;
@@ -111,18 +159,24 @@ impl Pool {
         // A panic in `work` is handed on below, after which the pool is as before.
         let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
         let shared = &*self.shared;
-        let job = Job { work: erase(work), end: items, threads: self.threads() };
         if items == 1 || self.workers.is_empty() {
             (0..items).for_each(|item| work(0, item));
             return;
         }
-        shared.next.0.store(0, Ordering::Relaxed);
+        assert!(items <= Share::ITEMS_MAX, "{items} items");
+        let now = &shared.now.0;
+        let mut number = (now.state.load(Ordering::Relaxed) & !(JOB - 1)).wrapping_add(JOB);
+        if (number / JOB).is_multiple_of(Share::TAGS) {
+            // Tags begin again: nobody may take what is left of long ago for this job's.
+            shared.shares.iter().for_each(|share| share.0.0.store(0, Ordering::Relaxed));
+            number = number.wrapping_add(JOB);
+        }
+        let job = Job { work: erase(work), items, tag: number / JOB % Share::TAGS };
         // SAFETY: the last job is closed and empty, so nobody reads `job` now.
-        unsafe { *shared.job.get() = job };
-        let number = shared.state.0.load(Ordering::Relaxed) & !(JOB - 1);
+        unsafe { *now.job.get() = job };
         // Sequentially consistent against `parked`: either the worker that parks sees this job, or
         // we see that it parks.
-        shared.state.0.store(number.wrapping_add(JOB) | OPEN, Ordering::SeqCst);
+        now.state.store(number | OPEN, Ordering::SeqCst);
         if shared.parked.load(Ordering::SeqCst) > 0 {
             self.unpark.iter().for_each(Thread::unpark);
         }
@@ -149,34 +203,26 @@ fn erase<'a>(work: &'a (dyn Fn(usize, usize) + Sync + 'a)) -> *const (dyn Fn(usi
 
 impl Shared {
     fn take_items(&self, thread: usize, job: Job) {
-        let mut first = self.next.0.load(Ordering::Relaxed);
-        while first < job.end {
-            let count = ((job.end - first) / (3 * job.threads)).max(1);
-            match self.next.0.compare_exchange_weak(
-                first,
-                first + count,
-                Ordering::Relaxed,
-                Ordering::Relaxed,
-            ) {
-                Ok(_) => {
-                    for item in first..first + count {
-                        // SAFETY: this thread is inside the job, or is the one that runs it, so
-                        // the closure is alive.
-                        unsafe { (*job.work)(thread, item) };
-                    }
-                    first = self.next.0.load(Ordering::Relaxed);
+        let threads = self.shares.len();
+        for other in (thread..threads).chain(0..thread) {
+            let whole = other * job.items / threads..(other + 1) * job.items / threads;
+            let share = &self.shares[other].0;
+            while let Some(items) = share.take(job.tag, &whole, other == thread) {
+                for item in items {
+                    // SAFETY: this thread is inside the job, or is the one that runs it, so the
+                    // closure is alive.
+                    unsafe { (*job.work)(thread, item) };
                 }
-                Err(current) => first = current,
             }
         }
     }
 
     /// Lets nobody in any more, and waits for those inside: spinning, then giving way to others.
     fn close(&self) {
-        self.next.0.store(usize::MAX, Ordering::Relaxed);
-        self.state.0.fetch_and(!OPEN, Ordering::AcqRel);
+        let state = &self.now.0.state;
+        state.fetch_and(!OPEN, Ordering::AcqRel);
         let mut spins = 0u32;
-        while self.state.0.load(Ordering::Acquire) & INSIDE != 0 {
+        while state.load(Ordering::Acquire) & INSIDE != 0 {
             spins += 1;
             if spins.is_multiple_of(4096) { thread::yield_now() } else { spin_loop() }
         }
@@ -186,10 +232,9 @@ impl Shared {
         let mut last = 0;
         while let Some(job) = self.enter(&mut last) {
             if catch_unwind(AssertUnwindSafe(|| self.take_items(thread, job))).is_err() {
-                self.next.0.store(usize::MAX, Ordering::Relaxed);
                 self.panicked.store(true, Ordering::Relaxed);
             }
-            self.state.0.fetch_sub(1, Ordering::Release);
+            self.now.0.state.fetch_sub(1, Ordering::Release);
         }
     }
 
@@ -198,10 +243,10 @@ impl Shared {
         let mut idle_since = None;
         let mut spins = 0u32;
         loop {
-            let state = self.state.0.load(Ordering::Acquire);
+            let state = self.now.0.state.load(Ordering::Acquire);
             let number = state & !(JOB - 1);
             if state & OPEN != 0 && number != *last {
-                let entered = self.state.0.compare_exchange_weak(
+                let entered = self.now.0.state.compare_exchange_weak(
                     state,
                     state + 1,
                     Ordering::Acquire,
@@ -210,7 +255,7 @@ impl Shared {
                 if entered.is_ok() {
                     *last = number;
                     // SAFETY: we are inside an open job; `run` changes it only when we have left.
-                    return Some(unsafe { *self.job.get() });
+                    return Some(unsafe { *self.now.0.job.get() });
                 }
                 continue;
             }
@@ -230,7 +275,7 @@ impl Shared {
 
     fn park(&self, last: u64) {
         self.parked.fetch_add(1, Ordering::SeqCst);
-        let state = self.state.0.load(Ordering::SeqCst);
+        let state = self.now.0.state.load(Ordering::SeqCst);
         let work = state & OPEN != 0 && state & !(JOB - 1) != last;
         if !work && !self.stop.load(Ordering::SeqCst) {
             thread::park();
@@ -290,6 +335,20 @@ mod tests {
                 });
                 assert!(seen.iter().all(|count| count.load(Ordering::Relaxed) == 1));
             }
+        }
+    }
+
+    #[test]
+    fn every_item_once_when_tags_begin_again() {
+        let pool = Pool::new(3, &[]).unwrap();
+        for job in 0..Share::TAGS as usize + 100 {
+            // The third thread has no share of the jobs before the last ones.
+            let items = if job < Share::TAGS as usize { 2 } else { 7 };
+            let seen = AtomicUsize::new(0);
+            pool.run(items, &|_, item| {
+                seen.fetch_add(1 << (8 * item), Ordering::Relaxed);
+            });
+            assert_eq!(seen.into_inner(), (0..items).map(|item| 1 << (8 * item)).sum(), "{job}");
         }
     }
 

@@ -1,7 +1,8 @@
 //! Times a whole decode step and a prefill step, operation by operation as the engine calls them,
 //! of Qwen3-0.6B's and Qwen3-14B's shapes on random weights: `decode_step [0.6b] [14b]
 //! [BATCH ...] [narrow] [halves:BLOCKS ...]`; `narrow` switches `kernels/narrow.cu` on, `halves` adds
-//! the step as two halves side by side, where attention has so many blocks.
+//! the step as two halves side by side, where attention has so many blocks. Up to 8 rows are timed with
+//! half a layer in one kernel, too.
 #![expect(clippy::print_stdout, reason = "this program's output is its table")]
 
 use std::sync::Arc;
@@ -150,6 +151,18 @@ fn bench<'a>(
             "{rows:4} | {:.3} | {:.3} | {:.3} | {:.3} | {first:.2} {captured:.2}",
             times[0].1, times[1].1, times[2].1, times[3].1
         );
+        if rows <= 8 {
+            b.set_fused_layers(true);
+            let mut step =
+                Step { batch: Batch { host: None, ..step.batch.clone() }, ..step.share() };
+            step.batch.kv_len_max = 4096;
+            model.forward(&step, ALL)?;
+            b.synchronize()?;
+            let graph = b.capture(&mut || model.forward(&step, ALL))?.expect("CUDA has graphs");
+            let time = median(b, 30, || graph.launch())?;
+            println!("     | {time:.3} with half a layer in one kernel");
+            b.set_fused_layers(false);
+        }
         for &blocks in halves.iter().filter(|_| rows > 8) {
             let mut step =
                 Step { batch: Batch { host: None, ..step.batch.clone() }, ..step.share() };
@@ -277,11 +290,35 @@ impl<'a> Model<'a> {
             b.embed(&args, &s.x)?;
         }
         for layer in &self.layers {
-            linear(&s.x, Some(&self.norm), &layer.qkv, Store::Set, &s.qkv)?;
             let norm = Some(&self.head_norm);
             let (batch, kv) = (&s.batch, &layer.kv);
             let store =
                 RopeStore { batch, heads, q_norm: norm, k_norm: norm, rope: &self.rope, kv };
+            if parts.linear && parts.attention {
+                let attention =
+                    Attention { batch, heads, kv, scale: 0.088, window: None, soft_cap: None };
+                let args = AttentionLayer {
+                    norm: &self.norm,
+                    qkv: &layer.qkv,
+                    qkv_bias: None,
+                    store,
+                    attention,
+                    out: &layer.o,
+                    qkv_memory: &s.qkv,
+                    attended: &s.attended,
+                };
+                b.attention_layer(&args, &s.x)?;
+                let args = Mlp {
+                    norm: &self.norm,
+                    gate_up: &layer.gate_up,
+                    activation: Activation::Silu,
+                    down: &layer.down,
+                    mid: &s.mid,
+                };
+                b.mlp(&args, &s.x)?;
+                continue;
+            }
+            linear(&s.x, Some(&self.norm), &layer.qkv, Store::Set, &s.qkv)?;
             if parts.attention {
                 let args =
                     Attention { batch, heads, kv, scale: 0.088, window: None, soft_cap: None };

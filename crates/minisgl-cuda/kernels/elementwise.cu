@@ -74,6 +74,20 @@ extern "C" __global__ void add(T *x, const T *delta, long long count) {
     if (i < count) x[i] = from_float<T>(to_float(x[i]) + to_float(delta[i]));
 }
 
+// out = x + the sum of `parts` lots of `count` numbers, `count` even; x and out may be the same.
+extern "C" __global__ void add_parts(const T *x, const float *added, int parts, long long count, T *out) {
+    let_next_start();
+    wait_for_previous();
+    long long i = (blockIdx.x * (long long)blockDim.x + threadIdx.x) * 2;
+    if (i >= count) return;
+    float low = 0.f, high = 0.f;
+    for (int p = 0; p < parts; p++) {
+        float2 more = *(const float2 *)(added + p * count + i);
+        low += more.x, high += more.y;
+    }
+    out[i] = from_float<T>(to_float(x[i]) + low), out[i + 1] = from_float<T>(to_float(x[i + 1]) + high);
+}
+
 // out[row] += bias, in out's own type: what a matrix product is then added to. `O` by name.
 template <typename O>
 __device__ void spread_bias(const float *bias, int width, long long count, int add_to, O *out) {

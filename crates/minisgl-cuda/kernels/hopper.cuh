@@ -9,6 +9,10 @@ __device__ __forceinline__ u32 shared_address(const void *p) { return u32(__cvta
 __device__ __forceinline__ void barrier_init(u32 barrier, u32 arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(barrier), "r"(arrivals) : "memory");
 }
+// Behind the last `barrier_init`: other threads, blocks of the cluster and the copy engine see them.
+__device__ __forceinline__ void publish_barriers() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
 // Arrives, and makes the phase wait for so many bytes, too.
 __device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(barrier), "r"(bytes) : "memory");
@@ -26,6 +30,9 @@ __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
 // Of `threads` threads: a barrier of its own number.
 __device__ __forceinline__ void named_barrier(int number, int threads) {
     asm volatile("bar.sync %0, %1;" :: "r"(number), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void store_shared(u32 address, u32 value) {
+    asm volatile("st.shared.u32 [%0], %1;" :: "r"(address), "r"(value) : "memory");
 }
 // Ordinary writes to shared memory become visible to the copy engine and the products.
 __device__ __forceinline__ void publish_shared() {

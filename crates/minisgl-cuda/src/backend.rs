@@ -2,19 +2,22 @@
 
 use std::any::Any;
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Instant;
 
 use cudarc::driver::{result, sys};
 use minisgl_tensor::{
-    Activation, Adjust, Attention, Backend, DType, Download, Embed, Graph, HostTensor, Linear,
-    Logprobs, MemoryInfo, Moe, Norm, Precision, Result, RopeStore, Sample, Tensor, Weight,
+    Activation, Adjust, Attention, AttentionLayer, Backend, DType, Download, Embed, Graph,
+    HostTensor, Linear, Logprobs, MemoryInfo, Mlp, Moe, Norm, Precision, Result, RopeStore, Sample,
+    Tensor, Weight,
 };
 
 use crate::choice::AttentionKernels;
-use crate::device::{Arg, Device, Launch, args, driver, fail};
+use crate::device::{Arg, Device, Function, Launch, args, driver, fail};
 use crate::fault::Fault;
 use crate::gemm::Gemm;
+use crate::half_layer::Pending;
 use crate::kernels::{Kernels, Module};
 use crate::staging::Staging;
 use crate::weights::tensor;
@@ -53,6 +56,10 @@ pub struct CudaBackend {
     /// By lane and name.
     scratch: Mutex<HashMap<(usize, &'static str), Vec<Tensor>>>,
     products: Mutex<Products>,
+    fuses: AtomicBool,
+    fused_halves: AtomicUsize,
+    clusters_at_once: OnceLock<usize>,
+    pending: Mutex<Option<Pending>>,
 }
 
 impl CudaBackend {
@@ -78,6 +85,9 @@ impl CudaBackend {
         let gemm = Gemm::new(&device)?;
         tracing::info!(seconds = started.elapsed().as_secs_f64(), "cuBLASLt is open");
         let staging = Staging::new(&device)?;
+        // What is not the default before it has been seen to gain on a card: docs/open.md.
+        let wanted = std::env::var("MINISGL_CUDA_TRY").unwrap_or_default();
+        let tries = |name: &str| wanted.split(',').any(|wanted| wanted == name);
         tracing::info!(seconds = started.elapsed().as_secs_f64(), "staging memory is there");
         Ok(Self {
             gemm,
@@ -88,7 +98,11 @@ impl CudaBackend {
             attention: AttentionKernels::default(),
             fault: Fault::from_environment(),
             scratch: Mutex::default(),
-            products: Mutex::default(),
+            products: Mutex::new(if tries("narrow") { Products::Narrow } else { Products::Few }),
+            fuses: AtomicBool::new(tries("fused")),
+            fused_halves: AtomicUsize::new(0),
+            clusters_at_once: OnceLock::new(),
+            pending: Mutex::default(),
         })
     }
 
@@ -141,6 +155,45 @@ impl CudaBackend {
 
     pub(crate) fn products(&self) -> Products {
         *self.products.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether decode steps of up to 8 rows take half a layer in one kernel, where it fits.
+    pub fn set_fused_layers(&self, on: bool) {
+        self.fuses.store(on, Ordering::Relaxed);
+    }
+
+    /// How many halves of layers have been launched as one kernel so far.
+    pub fn fused_halves(&self) -> usize {
+        self.fused_halves.load(Ordering::Relaxed)
+    }
+
+    /// Such a kernel has been launched, and leaves the residual stream like this.
+    pub(crate) fn set_pending(&self, pending: Pending) -> Result<()> {
+        self.fused_halves.fetch_add(1, Ordering::Relaxed);
+        *self.pending()? = Some(pending);
+        Ok(())
+    }
+
+    pub(crate) fn fuses(&self) -> bool {
+        self.fuses.load(Ordering::Relaxed)
+    }
+
+    /// Whether all clusters of such a launch run at once. Their blocks fill a multiprocessor each, so
+    /// that the first answer holds for all.
+    pub(crate) fn clusters_fit(&self, function: Function, shape: Launch) -> Result<bool> {
+        let most = match self.clusters_at_once.get() {
+            Some(most) => *most,
+            None => {
+                let most = self.device.clusters_at_once(function, shape)?;
+                tracing::info!(most, blocks = shape.cluster, "clusters at once");
+                *self.clusters_at_once.get_or_init(|| most)
+            }
+        };
+        Ok(shape.grid[0] / shape.cluster <= most)
+    }
+
+    pub(crate) fn pending(&self) -> Result<MutexGuard<'_, Option<Pending>>> {
+        self.pending.lock().map_err(|_| fail("the residual stream's state is poisoned"))
     }
 
     /// How many blocks decode attention has in a lane of `side_by_side`, to measure what is best; 0 is
@@ -205,6 +258,7 @@ impl Backend for CudaBackend {
     }
 
     fn download(&self, src: &Tensor) -> Result<Box<dyn Download>> {
+        self.settle()?;
         self.staging.download(src)
     }
 
@@ -218,7 +272,7 @@ impl Backend for CudaBackend {
         // SAFETY: the stream lives; capture is ended below whatever `enqueue` does.
         unsafe { result::stream::begin_capture(self.device.stream, mode) }
             .map_err(|e| driver("cuStreamBeginCapture", e))?;
-        let outcome = enqueue();
+        let outcome = enqueue().and_then(|()| self.settle());
         // SAFETY: as above.
         let graph = unsafe { result::stream::end_capture(self.device.stream) }
             .map_err(|e| driver("cuStreamEndCapture", e));
@@ -239,6 +293,7 @@ impl Backend for CudaBackend {
     }
 
     fn side_by_side(&self, lanes: &mut [&mut dyn FnMut() -> Result<()>]) -> Result<()> {
+        self.settle()?;
         self.device.side_by_side(lanes)
     }
 
@@ -271,6 +326,8 @@ impl Backend for CudaBackend {
     }
 
     fn embed(&self, a: &Embed<'_>, out: &Tensor) -> Result<()> {
+        // What a pass that failed has left of the residual stream is lost with it.
+        *self.pending()? = None;
         let table = tensor(a.table);
         let threads = (out.row_len() / 4).next_multiple_of(32).clamp(32, 512);
         self.simple(
@@ -290,6 +347,7 @@ impl Backend for CudaBackend {
     }
 
     fn rms_norm(&self, x: &Tensor, norm: &Norm, out: &Tensor) -> Result<()> {
+        self.settle()?;
         let (weight, eps, shift) = norm_args(Some(norm));
         let threads = (x.row_len() / 8).next_multiple_of(32).clamp(32, 512);
         self.simple(
@@ -299,15 +357,26 @@ impl Backend for CudaBackend {
         )
     }
 
+    fn attention_layer(&self, args: &AttentionLayer<'_>, hidden: &Tensor) -> Result<()> {
+        if self.attend_op(args, hidden)? { Ok(()) } else { args.in_parts(self, hidden) }
+    }
+
+    fn mlp(&self, args: &Mlp<'_>, hidden: &Tensor) -> Result<()> {
+        if self.fused_mlp_op(args, hidden)? { Ok(()) } else { args.in_parts(self, hidden) }
+    }
+
     fn linear(&self, args: &Linear<'_>, out: &Tensor) -> Result<()> {
+        self.settle()?;
         self.linear_op(args, out)
     }
 
     fn gated_linear(&self, args: &Linear<'_>, activation: Activation, out: &Tensor) -> Result<()> {
+        self.settle()?;
         self.gated_linear_op(args, activation, out)
     }
 
     fn add(&self, x: &Tensor, delta: &Tensor) -> Result<()> {
+        self.settle()?;
         let count = x.elements();
         self.simple("add", Launch::new(count.div_ceil(256), 256), args![x, delta, count])
     }
@@ -331,10 +400,12 @@ impl Backend for CudaBackend {
     }
 
     fn moe(&self, args: &Moe<'_>, out: &Tensor) -> Result<()> {
+        self.settle()?;
         self.moe_op(args, out)
     }
 
     fn gather(&self, x: &Tensor, indices: &Tensor, out: &Tensor) -> Result<()> {
+        self.settle()?;
         self.simple("gather", Launch::new(out.dim(0), 256), args![x, indices, x.row_len(), out])
     }
 

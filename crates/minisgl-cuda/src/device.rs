@@ -174,7 +174,8 @@ impl Device {
         group.wait(|| ready("cuEventQuery", unsafe { sys::cuEventQuery(event) }))
     }
 
-    /// Lets a kernel be launched with all the shared memory that a block can have.
+    /// Lets a kernel be launched with all the shared memory that a block can have, and in clusters of
+    /// more than 8 blocks.
     pub(crate) fn allow_shared(&self, function: Function) -> Result<()> {
         use sys::CUfunction_attribute as A;
         // SAFETY: `function` belongs to a module that is never unloaded.
@@ -184,6 +185,14 @@ impl Device {
                 A::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES,
             )
             .map_err(|e| driver("cuFuncGetAttribute", e))?;
+            if self.capability.0 >= 9 {
+                result::function::set_function_attribute(
+                    function.0,
+                    A::CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED,
+                    1,
+                )
+                .map_err(|e| driver("cuFuncSetAttribute", e))?;
+            }
             result::function::set_function_attribute(
                 function.0,
                 A::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
@@ -240,6 +249,37 @@ impl Device {
         words: &mut [*mut c_void],
     ) -> Result<()> {
         self.bind()?;
+        let serial = self.lanes.take_crossing();
+        self.with_config(shape, serial, |config| {
+            // SAFETY: config and arguments outlive the call; the driver copies both.
+            unsafe {
+                sys::cuLaunchKernelEx(config, function.0, words.as_mut_ptr(), std::ptr::null_mut())
+            }
+            .result()
+            .map_err(|e| driver("cuLaunchKernelEx", e))
+        })
+    }
+
+    /// How many clusters of such blocks the card holds at once.
+    pub(crate) fn clusters_at_once(&self, function: Function, shape: Launch) -> Result<usize> {
+        self.bind()?;
+        let mut count = 0;
+        self.with_config(shape, true, |config| {
+            // SAFETY: config outlives the call; the function belongs to a module that is never unloaded.
+            unsafe { sys::cuOccupancyMaxActiveClusters(&raw mut count, function.0, config) }
+                .result()
+                .map_err(|e| driver("cuOccupancyMaxActiveClusters", e))
+        })?;
+        Ok(count as usize)
+    }
+
+    /// A launch's description; a `serial` one starts when what is in front is done.
+    fn with_config<R>(
+        &self,
+        shape: Launch,
+        serial: bool,
+        then: impl FnOnce(&sys::CUlaunchConfig) -> R,
+    ) -> R {
         use sys::CUlaunchAttributeID as Id;
         let attribute = |id, value| sys::CUlaunchAttribute { id, pad: [0; 4], value };
         let [x, y, z] = [shape.cluster as u32, 1, 1];
@@ -262,7 +302,7 @@ impl Device {
             _ => 0..2,
         };
         // Behind another lane's work, a kernel starts when all of that is done.
-        let used = if self.lanes.take_crossing() { used.end.min(1)..used.end } else { used };
+        let used = if serial { used.end.min(1)..used.end } else { used };
         let attributes = &mut attributes[used];
         let config = sys::CUlaunchConfig {
             gridDimX: shape.grid[0] as u32,
@@ -276,17 +316,7 @@ impl Device {
             attrs: attributes.as_mut_ptr(),
             numAttrs: attributes.len() as u32,
         };
-        // SAFETY: config and arguments outlive the call; the driver copies both.
-        unsafe {
-            sys::cuLaunchKernelEx(
-                &raw const config,
-                function.0,
-                words.as_mut_ptr(),
-                std::ptr::null_mut(),
-            )
-        }
-        .result()
-        .map_err(|e| driver("cuLaunchKernelEx", e))
+        then(&config)
     }
 }
 

@@ -23,6 +23,8 @@ pub enum Module {
     Narrow,
     Attention,
     Decode,
+    Attend,
+    Mlp,
     Prefill,
     Sample,
     Moe,
@@ -46,6 +48,21 @@ impl Module {
                     include_str!("../kernels/hopper.cuh"),
                     include_str!("../kernels/decode_work.cuh"),
                     include_str!("../kernels/decode.cu")
+                )
+            }
+            Module::Attend => {
+                concat!(
+                    include_str!("../kernels/hopper.cuh"),
+                    include_str!("../kernels/attention_tile.cuh"),
+                    include_str!("../kernels/half_layer.cuh"),
+                    include_str!("../kernels/attend.cu")
+                )
+            }
+            Module::Mlp => {
+                concat!(
+                    include_str!("../kernels/hopper.cuh"),
+                    include_str!("../kernels/half_layer.cuh"),
+                    include_str!("../kernels/mlp.cu")
                 )
             }
             Module::Prefill => {

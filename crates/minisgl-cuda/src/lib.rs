@@ -6,7 +6,7 @@
 //!
 //! Reading order: `device` (context, stream, memory, launches), `staging` (copies), `kernels`
 //! (compiling and caching), `lanes` (work side by side), `gemm` and `tuning` (cuBLASLt), `weights`, and `backend` with its
-//! operations in `linear`, `narrow`, `rope`, `attention`, `decode`, `moe` and `sampling`; `choice` is
+//! operations in `linear`, `narrow`, `rope`, `attention`, `decode`, `half_layer`, `moe` and `sampling`; `choice` is
 //! which attention kernels run. Several cards: `collective`, over `mailbox` (peer memory) and `nccl`;
 //! `group` is what ends them together. `fault` breaks things on purpose.
 
@@ -19,6 +19,7 @@ mod device;
 mod fault;
 mod gemm;
 mod group;
+mod half_layer;
 mod kernels;
 mod lanes;
 mod linear;

@@ -56,6 +56,21 @@ fn kernels_compile_without_spills() {
                 check(Module::Decode, &defines, arch, false, dim < 256);
             }
         }
+        for (dim, group) in [(128, 2), (64, 2), (128, 6)].into_iter().filter(|_| arch != "sm_80") {
+            let defines = [
+                ("CLUSTER", 16),
+                ("DIM", dim),
+                ("GROUP", group),
+                ("HALVES", 1),
+                ("FIRST", (group + 2) * dim / 256),
+                ("SECOND", 4),
+            ];
+            check(Module::Attend, &defines, arch, false, true);
+        }
+        for (first, second) in [(3, 4), (4, 8)].into_iter().filter(|_| arch != "sm_80") {
+            let defines = [("CLUSTER", 16), ("FIRST", first), ("SECOND", second)];
+            check(Module::Mlp, &defines, arch, false, true);
+        }
         for tiles in [1, 2].into_iter().filter(|_| arch != "sm_80") {
             for (halves, gated, norm) in [(1, 0, 0), (2, 0, 1), (1, 1, 1), (2, 1, 1)] {
                 let defines = [

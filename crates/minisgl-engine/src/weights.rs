@@ -98,7 +98,11 @@ impl<'a> WeightScope<'a> {
     /// Hands parts to the backend as one stacked matrix.
     pub fn stack(&self, parts: &[HostTensor<'_>]) -> Result<Weight> {
         let made = match self.source {
-            Source::Checkpoint(_) => self.backend.matrix(parts, self.precision),
+            Source::Checkpoint(checkpoint) => {
+                let made = self.backend.matrix(parts, self.precision);
+                checkpoint.release(parts);
+                made
+            }
             Source::Dummy(block) => {
                 match self.backend.random(&stacked_shape(parts), seed(parts))? {
                     Some(matrix) => Ok(matrix),
@@ -112,7 +116,11 @@ impl<'a> WeightScope<'a> {
     /// The same for each of a layer's experts.
     pub fn stack_experts(&self, experts: &[Vec<HostTensor<'_>>]) -> Result<Weight> {
         let made = match self.source {
-            Source::Checkpoint(_) => self.backend.expert_matrices(experts, self.precision),
+            Source::Checkpoint(checkpoint) => {
+                let made = self.backend.expert_matrices(experts, self.precision);
+                experts.iter().for_each(|parts| checkpoint.release(parts));
+                made
+            }
             Source::Dummy(block) => {
                 let [rows, cols] = stacked_shape(&experts[0]);
                 match self.backend.random(&[experts.len(), rows, cols], seed(&experts[0]))? {

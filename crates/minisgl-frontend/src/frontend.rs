@@ -139,6 +139,14 @@ impl Frontend {
     /// As [`Frontend::submit`].
     pub fn submit_all(&self, requests: Vec<GenerateRequest>) -> Result<Generation, SubmitError> {
         let choices = requests.iter().map(|request| request.n as usize).sum();
+        let prompts: Vec<Vec<u32>> = requests
+            .iter()
+            .map(|request| self.encode(&request.prompt))
+            .collect::<Result<_, _>>()?;
+        // What can never be run is told so even while there is no room.
+        for (request, prompt) in requests.iter().zip(&prompts) {
+            self.check(request, prompt)?;
+        }
         let reservation = self.reserve(choices)?;
         let mut generation = Generation {
             mailbox: Arc::new(Mailbox::new(choices)),
@@ -146,13 +154,6 @@ impl Frontend {
             prompt_tokens: Vec::with_capacity(requests.len()),
             commands: self.0.commands.clone(),
         };
-        let prompts: Vec<Vec<u32>> = requests
-            .iter()
-            .map(|request| self.encode(&request.prompt))
-            .collect::<Result<_, _>>()?;
-        for (request, prompt) in requests.iter().zip(&prompts) {
-            self.check(request, prompt)?;
-        }
         reservation.keep();
         for (request, prompt) in requests.into_iter().zip(prompts) {
             generation.prompt_tokens.push(prompt.len() as u32);
@@ -174,11 +175,11 @@ impl Frontend {
     /// The ids of a prompt as `submit` has them.
     ///
     /// # Errors
-    /// If a chat cannot be rendered.
+    /// If a chat cannot be rendered, or a text is far too long.
     pub fn encode(&self, prompt: &Prompt) -> Result<Vec<u32>, SubmitError> {
         Ok(match prompt {
-            Prompt::Text(text) => self.0.text.encode_prompt(text)?,
-            Prompt::Chat(chat) => self.0.text.encode_chat(chat)?,
+            Prompt::Text(text) => self.0.text.encode_prompt(text, self.len_max())?,
+            Prompt::Chat(chat) => self.0.text.encode_chat(chat, self.len_max())?,
             Prompt::Tokens(ids) => ids.clone(),
         })
     }

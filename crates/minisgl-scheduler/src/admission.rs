@@ -5,7 +5,7 @@ use crate::memory::KvMemory;
 use crate::message::OutputSink;
 use crate::plan::Slot;
 use crate::request::Request;
-use crate::running::Running;
+use crate::running::{Phase, Running};
 use crate::scheduler::Scheduler;
 use crate::stats::add;
 
@@ -150,8 +150,13 @@ impl<E: Engine, S: OutputSink> Scheduler<E, S> {
     pub(crate) fn publish(&mut self, slot: Slot) {
         let running = self.running.get_mut(slot);
         let computed = running.request.tokens.len().min(running.computed_len);
-        let tokens = &running.request.tokens[..computed];
-        let Some(duplicates) = self.memory.publish(&mut running.holding, tokens) else { return };
+        let shared = self.memory.shared_len(&running.holding);
+        let tokens = running.request.tokens.slice(shared..computed);
+        let duplicates = self.memory.publish(&mut running.holding, tokens);
+        if running.phase != Phase::Prefill {
+            running.request.tokens.leave_out(self.memory.shared_len(&running.holding));
+        }
+        let Some(duplicates) = duplicates else { return };
         running.update_pages(duplicates.first, duplicates.pages);
         let steps_end = running.steps_end;
         self.replaced.extend(duplicates.replaced.into_iter().map(|lease| (steps_end, lease)));

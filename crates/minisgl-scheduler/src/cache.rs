@@ -27,6 +27,9 @@ pub trait PrefixCache: Send {
     /// Nothing behind `from` may match `tokens`. The caller's lock on `from` moves to the result.
     fn append(&mut self, from: NodeId, tokens: &[u32], leases: &mut Vec<PageLease>) -> NodeId;
 
+    /// The tokens from the root to `node`.
+    fn sequence(&self, node: NodeId) -> Vec<u32>;
+
     /// Keeps the pages from the root to `node` from eviction, until as many `unlock`s.
     fn lock(&mut self, node: NodeId);
 

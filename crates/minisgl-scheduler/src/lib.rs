@@ -12,7 +12,7 @@
 //!
 //! 1. [`message`]: what comes in and what goes out. [`sampling`]: what a request may ask for.
 //! 2. [`scheduler`]: **the loop**. `intake`: how requests come in and end. `request`: what one has
-//!    and when it ends; `edits`: how its penalties and biases change logits.
+//!    and when it ends; `tokens`: its tokens; `edits`: how its penalties and biases change logits.
 //! 3. `planning`: what goes into a step: decodes, then chunks of prompts, then new requests.
 //!    `admission`: who is next, and on what expectations of memory. `running`: requests that hold
 //!    pages and a slot, and the states through which they go.
@@ -50,6 +50,7 @@ mod running;
 pub mod sampling;
 pub mod scheduler;
 pub mod stats;
+mod tokens;
 
 pub use scheduler::{Scheduler, SchedulerOptions};
 pub use stats::SchedulerStats;

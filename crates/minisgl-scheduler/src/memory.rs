@@ -96,16 +96,26 @@ impl KvMemory {
         true
     }
 
-    /// Shares the whole pages of `tokens`, whose K and V are computed by steps that have been
-    /// launched or are about to be, with other requests. Where another request was faster, its
-    /// pages replace the holding's own.
+    /// Tokens whose pages the cache has for a holding, the first ones of its request.
+    pub fn shared_len(&self, holding: &Holding) -> usize {
+        holding.shared_pages * self.page_size
+    }
+
+    /// These tokens.
+    pub fn shared_tokens(&self, holding: &Holding) -> Vec<u32> {
+        self.cache.sequence(holding.node)
+    }
+
+    /// Shares the whole pages of `tokens`, which follow the holding's shared ones and whose K and V
+    /// are computed by steps that have been launched or are about to be, with other requests. Where
+    /// another request was faster, its pages replace the holding's own.
     pub fn publish(&mut self, holding: &mut Holding, tokens: &[u32]) -> Option<Duplicates> {
         let pages = tokens.len() / self.page_size;
-        if pages <= holding.shared_pages {
+        if pages == 0 {
             return None;
         }
         let first = holding.shared_pages;
-        let tokens = &tokens[first * self.page_size..pages * self.page_size];
+        let tokens = &tokens[..pages * self.page_size];
         let mut found = Vec::new();
         let node = self.cache.find(holding.node, tokens, &mut found);
         let mut duplicates = None;

@@ -18,6 +18,10 @@ impl PrefixCache for NaiveCache {
         from
     }
 
+    fn sequence(&self, _node: NodeId) -> Vec<u32> {
+        Vec::new()
+    }
+
     fn lock(&mut self, _node: NodeId) {}
 
     fn unlock(&mut self, _node: NodeId) {}

@@ -147,6 +147,17 @@ impl PrefixCache for RadixCache {
         child
     }
 
+    fn sequence(&self, node: NodeId) -> Vec<u32> {
+        let mut stretches = Vec::new();
+        let mut at = node;
+        while at != NodeId::ROOT {
+            stretches.push(self.node(at).tokens.as_slice());
+            at = self.node(at).parent;
+        }
+        stretches.reverse();
+        stretches.concat()
+    }
+
     fn lock(&mut self, node: NodeId) {
         let mut at = node;
         loop {

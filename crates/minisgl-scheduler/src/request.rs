@@ -10,12 +10,13 @@ use crate::message::{
 };
 use crate::plan::{LogitEdit, TokenLogprobs};
 use crate::sampling::SamplingParams;
+use crate::tokens::Tokens;
 
 /// A request in the scheduler, waiting or running.
 pub(crate) struct Request {
     pub id: RequestId,
     /// The prompt, then what was generated.
-    pub tokens: Vec<u32>,
+    pub tokens: Tokens,
     pub prompt_len: usize,
     /// Tokens that it may have in all, the prompt's with them.
     pub len_max: usize,
@@ -86,7 +87,7 @@ impl Request {
             edits: LogitEdits::new(&params, &new.prompt, &stop_ids),
             prompt_scores: new.prompt_logprobs.map(PromptScores::new),
             params,
-            tokens: new.prompt,
+            tokens: Tokens::new(new.prompt),
             arrival: 0,
             has_run: false,
             bypassed: 0,
@@ -116,7 +117,7 @@ impl Request {
     pub fn reusable_tokens(&self) -> &[u32] {
         match self.scores_prompt() {
             true => &[],
-            false => &self.tokens[..self.tokens.len() - 1],
+            false => self.tokens.slice(0..self.tokens.len() - 1),
         }
     }
 

@@ -97,14 +97,14 @@ impl Running {
         let samples = is_last && tokens.len() < self.request.len_max;
         let output = match &self.request.prompt_scores {
             Some(scores) if self.request.scores_prompt() => RowOutput::Score {
-                targets: chunk.clone().map(|position| tokens.get(position + 1).copied()).collect(),
+                targets: chunk.clone().map(|position| tokens.get(position + 1)).collect(),
                 top: scores.top,
                 sample: samples.then(|| self.request.params.clone()),
             },
             _ if samples => sample(),
             _ => RowOutput::None,
         };
-        (RowInput::Tokens(tokens[chunk].to_vec()), output)
+        (RowInput::Tokens(tokens.slice(chunk).to_vec()), output)
     }
 }
 

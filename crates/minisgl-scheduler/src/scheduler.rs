@@ -13,7 +13,7 @@ use crate::message::{Command, FinishReason, Output, OutputSink, OutputToken};
 use crate::pages::PageLease;
 use crate::plan::{PlanRow, RowAdjustment, Slot, StepPlan, StepResult};
 use crate::request::{Adjustment, Request};
-use crate::running::{Phase, RunningSet};
+use crate::running::{Phase, Running, RunningSet};
 use crate::stats::{SchedulerStats, StepObserver, StepTimes, add, set};
 
 /// What can be chosen about a scheduler.
@@ -276,10 +276,12 @@ impl<E: Engine, S: OutputSink> Scheduler<E, S> {
         if running.is_active() || running.steps_end > self.steps_committed {
             return;
         }
-        let running = self.running.remove(slot);
-        self.memory.close(running.holding);
-        if running.phase == Phase::Preempting {
-            let mut request = running.request;
+        let Running { mut request, holding, phase, .. } = self.running.remove(slot);
+        if phase == Phase::Preempting {
+            request.tokens.take_back(|| self.memory.shared_tokens(&holding));
+        }
+        self.memory.close(holding);
+        if phase == Phase::Preempting {
             request.restart();
             // In front of all that have not run, and in order with those that have.
             let is_before = |other: &Request| other.has_run && other.arrival < request.arrival;

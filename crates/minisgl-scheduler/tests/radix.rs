@@ -100,8 +100,12 @@ impl Model {
             self.written.insert(request.pages[index], request.tokens[..upto].to_vec());
         }
         request.computed = request.computed.max(end);
-        let computed = &request.tokens[..request.computed];
-        if let Some(duplicates) = self.memory.publish(&mut request.holding, computed) {
+        let shared = self.memory.shared_len(&request.holding);
+        let computed = &request.tokens[shared..request.computed];
+        let duplicates = self.memory.publish(&mut request.holding, computed);
+        let shared = self.memory.shared_len(&request.holding);
+        assert_eq!(self.memory.shared_tokens(&request.holding), request.tokens[..shared]);
+        if let Some(duplicates) = duplicates {
             assert_eq!(duplicates.pages.len(), duplicates.replaced.len());
             let places = duplicates.first..duplicates.first + duplicates.pages.len();
             request.pages.splice(places, duplicates.pages);
@@ -178,7 +182,8 @@ fn what_was_used_last_is_evicted_last() {
         let mut holding = memory.open();
         let found = memory.follow(&mut holding, tokens).len();
         assert!(memory.grow(&mut holding, tokens.len() / 2));
-        assert!(memory.publish(&mut holding, tokens).is_none());
+        let new = &tokens[memory.shared_len(&holding)..];
+        assert!(memory.publish(&mut holding, new).is_none());
         memory.close(holding);
         found
     };

@@ -6,14 +6,14 @@
 #[path = "../../minisgl-frontend/tests/tiny/mod.rs"]
 mod tiny;
 
+use std::net::Ipv4Addr;
 use std::time::Duration;
 
 use anyhow::Result;
 use clap::Parser;
 use minisgl_frontend::{Frontend, FrontendOptions};
 use minisgl_scheduler::fake::{FakeEngine, FakeOptions, NextToken};
-use minisgl_server::{ServerOptions, serve};
-use tokio::net::TcpListener;
+use minisgl_server::{ServerOptions, bind, listen, serve};
 
 /// The server on an engine without a model. A token is a byte of text.
 #[derive(Parser)]
@@ -69,7 +69,7 @@ async fn main() -> Result<()> {
     let mut options = FrontendOptions::default();
     options.scheduler.waiting_max = args.max_queued_requests;
     let frontend = Frontend::start(FakeEngine::new(engine), text, options)?;
-    let listener = TcpListener::bind(("127.0.0.1", args.port)).await?;
+    let listener = listen(bind((Ipv4Addr::LOCALHOST, args.port).into())?)?;
     eprintln!("Ready: http://{}", listener.local_addr()?);
     let names = vec!["tiny".to_string()];
     serve(frontend, ServerOptions { model_names: names, ..ServerOptions::default() }, listener)

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::thread;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use minisgl_frontend::{Frontend, GenerateRequest, Generation, Prompt, SubmitError};
@@ -32,7 +33,6 @@ pub struct App {
 impl App {
     /// An app that serves until it is told to drain.
     pub fn new(frontend: Frontend, options: ServerOptions) -> Arc<Self> {
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let room_kib = (options.bodies_bytes_max >> 10).clamp(1, Semaphore::MAX_PERMITS);
         Arc::new(Self {
             frontend,
@@ -41,7 +41,7 @@ impl App {
             started_at: Instant::now(),
             started_unix: unix_seconds(),
             draining: AtomicBool::new(false),
-            workers: Arc::new(Semaphore::new(cores)),
+            workers: Arc::new(Semaphore::new(cores())),
         })
     }
 
@@ -151,6 +151,16 @@ impl App {
             || self.options.model_names.iter().any(|known| known == name);
         if is_known { Ok(()) } else { Err(ApiError::unknown_model(name)) }
     }
+}
+
+fn cores() -> usize {
+    thread::available_parallelism().map_or(1, usize::from)
+}
+
+/// Threads for blocking work that a server's Tokio runtime needs: one a core to parse and encode, one
+/// to wait for the engine's end. With more, each leaves memory behind that the allocator keeps for it.
+pub fn blocking_threads() -> usize {
+    cores() + 1
 }
 
 /// Now, in whole seconds since 1970.

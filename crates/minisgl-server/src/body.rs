@@ -17,6 +17,10 @@ use crate::error::ApiError;
 /// A body that is not longer needs no room of its own: as many as there are connections fit.
 const SMALL_BYTES: usize = 64 << 10;
 
+/// Values that a request may have where they are kept as a tree: a byte of JSON can be a value that
+/// takes some 300.
+const TREE_VALUES_MAX: usize = 1 << 17;
+
 /// A body, and its room in what all bodies together may take.
 #[derive(Default)]
 pub struct Received {
@@ -108,6 +112,37 @@ pub fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
     })?;
     json.end().map_err(|error| ApiError::new(StatusCode::BAD_REQUEST, error.to_string()))?;
     Ok(parsed)
+}
+
+/// [`parse`], for what keeps values of any kind.
+///
+/// # Errors
+/// 400, as `parse`, or where there are too many.
+pub fn parse_tree<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
+    check_tree(bytes).map_err(|message| ApiError::new(StatusCode::BAD_REQUEST, message))?;
+    parse(bytes)
+}
+
+/// Counts the values in JSON, which may be no JSON.
+///
+/// # Errors
+/// If there are more than may be kept.
+pub fn check_tree(bytes: &[u8]) -> Result<(), String> {
+    let (mut values, mut is_string, mut is_escaped) = (1, false, false);
+    for &byte in bytes {
+        match byte {
+            _ if is_escaped => is_escaped = false,
+            b'\\' => is_escaped = is_string,
+            b'"' => is_string = !is_string,
+            // Each value but the first of a list stands behind a comma.
+            b',' | b'[' | b'{' if !is_string => values += 1,
+            _ => {}
+        }
+    }
+    if values > TREE_VALUES_MAX {
+        return Err(format!("{values} JSON values are too many; {TREE_VALUES_MAX} may be"));
+    }
+    Ok(())
 }
 
 fn check_content_type(headers: &HeaderMap) -> Result<(), ApiError> {

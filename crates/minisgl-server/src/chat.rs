@@ -39,7 +39,7 @@ pub async fn chat(State(app): State<Arc<App>>, request: Request) -> Result<Respo
     let received = body::read(request, &app).await?;
     let submit = move |app: &Arc<App>| {
         let common: Common = body::parse(&received)?;
-        let fields: ChatFields = body::parse(&received)?;
+        let fields: ChatFields = body::parse_tree(&received)?;
         app.check_model(common.model.as_deref())?;
         let mut answer = Answer {
             app: Arc::clone(app),

@@ -8,6 +8,7 @@ use axum::response::{IntoResponse, Response};
 use minisgl_frontend::{GenerateRequest, Prompt};
 use minisgl_scheduler::message::OutputToken;
 use minisgl_scheduler::plan::TokenLogprobs;
+use serde_json::Value;
 
 use crate::app::App;
 use crate::body;
@@ -74,12 +75,11 @@ fn prepare(
     if fields.suffix.as_ref().is_some_and(|suffix| !suffix.is_empty()) {
         return Err(ApiError::invalid("suffix", "is not supported"));
     }
-    let grammar = validate::form(
-        app,
-        fields.response_format.as_ref(),
-        fields.regex.as_deref(),
-        fields.grammar.as_deref(),
-    )?;
+    let format = fields.response_format.as_ref();
+    let format: Option<Value> =
+        format.map(|format| body::parse_tree(format.get().as_bytes())).transpose()?;
+    let grammar =
+        validate::form(app, format.as_ref(), fields.regex.as_deref(), fields.grammar.as_deref())?;
     let mut common = common.clone();
     if common.max_completion_tokens.is_none() {
         common.max_tokens.get_or_insert(MAX_TOKENS);

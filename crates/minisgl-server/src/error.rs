@@ -7,6 +7,7 @@ use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use minisgl_frontend::SubmitError;
 use minisgl_scheduler::message::{FinishReason, Refusal};
+use minisgl_text::TextError;
 use schemars::JsonSchema;
 use serde::Serialize;
 
@@ -95,6 +96,9 @@ impl ApiError {
     pub fn from_submit(error: &SubmitError, prompt: &'static str) -> Self {
         let message = error.to_string();
         match error {
+            SubmitError::Text(TextError::TooLong { .. }) => {
+                Self::invalid(prompt, message).with_code("context_length_exceeded")
+            }
             SubmitError::Text(_) | SubmitError::TooManyChoices { .. } => {
                 Self::invalid(prompt, message)
             }

@@ -9,7 +9,7 @@ use axum::extract::{Path, Request, State};
 use axum::response::{IntoResponse, Response};
 use minisgl_frontend::{GenerateRequest, Prompt};
 use minisgl_scheduler::sampling::SamplingParams;
-use minisgl_text::{ChatRequest, Special};
+use minisgl_text::{ChatRequest, TextError};
 use serde_json::Value;
 
 use crate::app::App;
@@ -182,13 +182,14 @@ pub async fn tokenize(
 ) -> Result<Json<Tokenized>, ApiError> {
     let received = body::read(request, &app).await?;
     let encode = move |app: &Arc<App>| {
-        let request: TokenizeRequest = body::parse(&received)?;
+        let request: TokenizeRequest = body::parse_tree(&received)?;
         app.check_model(request.model.as_deref())?;
         let with_strings = request.return_token_strs;
         let (field, prompt) = match (request.prompt, request.messages) {
             (Some(text), None) if request.add_special_tokens == Some(false) => {
-                let tokenizer = &app.frontend.text().tokenizer;
-                ("prompt", Prompt::Tokens(tokenizer.encode(&text, Special::Parse)))
+                let ids = app.frontend.text().encode_text(&text, app.frontend.len_max());
+                let too_long = |error: TextError| ApiError::from_submit(&error.into(), "prompt");
+                ("prompt", Prompt::Tokens(ids.map_err(too_long)?))
             }
             (Some(text), None) => ("prompt", Prompt::Text(text)),
             (None, Some(messages)) => {

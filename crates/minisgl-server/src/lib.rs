@@ -5,7 +5,7 @@
 //! [`Frontend`](minisgl_frontend::Frontend). Its events come back as one answer or as a stream
 //! (`reply`), in the endpoint's own form.
 //!
-//! Reading order: `serve` (connections), `router`, `chat`, `reply`, then the other endpoints:
+//! Reading order: `listener` and `serve` (connections), `router`, `chat`, `reply`, then the other endpoints:
 //! `completions`, `native` (SGLang's `/generate`), `info`, `metrics`, `openapi`. `in_process` is the
 //! same without a network, for files of requests. The server knows no device and no model.
 #![forbid(unsafe_code)]
@@ -18,6 +18,7 @@ mod error;
 mod head;
 mod in_process;
 mod info;
+mod listener;
 mod logprobs;
 mod message;
 mod metrics;
@@ -31,6 +32,8 @@ mod tools;
 mod validate;
 mod wire;
 
+pub use app::blocking_threads;
 pub use in_process::InProcess;
+pub use listener::{bind, listen};
 pub use options::ServerOptions;
 pub use serve::{serve, serve_until};

@@ -97,6 +97,7 @@ fn form(app: &App, fields: &NativeSampling) -> Result<Option<Grammar>, ApiError>
     if fields.regex.is_some() || fields.grammar.is_some() {
         return Err(ApiError::invalid(NAME, "and regex or grammar exclude each other"));
     }
+    body::check_tree(schema.as_bytes()).map_err(|message| ApiError::invalid(NAME, message))?;
     let schema = serde_json::from_str(schema);
     let schema = schema.map_err(|error| ApiError::invalid(NAME, error.to_string()))?;
     validate::compile(app, NAME, &GrammarSource::JsonSchema(schema)).map(Some)

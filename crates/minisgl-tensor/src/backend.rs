@@ -101,6 +101,17 @@ pub trait Backend: Send + Sync {
     /// `out = act(g) · u`, where `[g, u] = norm(x) · wᵀ`, `w [2·inner, in]` with the gate's rows
     /// first. `out [rows, inner]`.
     fn gated_linear(&self, args: &Linear<'_>, activation: Activation, out: &Tensor) -> Result<()>;
+    /// The attention half of a layer: `hidden += out · attention(rope(qkv · norm(hidden)))`. A device may
+    /// do it in one pass and bring `hidden` up to date when another operation reads it; what it leaves
+    /// in `qkv` and `attended` is then its own affair.
+    fn attention_layer(&self, args: &AttentionLayer<'_>, hidden: &Tensor) -> Result<()> {
+        args.in_parts(self, hidden)
+    }
+    /// The MLP half: `hidden += down · (act(g) · u)`, where `[g, u] = gate_up · norm(hidden)`; with the
+    /// same freedom.
+    fn mlp(&self, args: &Mlp<'_>, hidden: &Tensor) -> Result<()> {
+        args.in_parts(self, hidden)
+    }
     /// `x += delta`: the residual, where an all-reduce or a norm stands between. Both
     /// `[rows, hidden]`.
     fn add(&self, x: &Tensor, delta: &Tensor) -> Result<()>;
@@ -360,6 +371,65 @@ pub struct Attention<'a> {
     pub window: Option<usize>,
     /// `cap · tanh(score / cap)`.
     pub soft_cap: Option<f32>,
+}
+
+/// Arguments of `Backend::attention_layer`.
+#[derive(Debug)]
+pub struct AttentionLayer<'a> {
+    /// Norms `hidden` on the way in.
+    pub norm: &'a Norm,
+    /// `[(q_heads + 2·kv_heads)·head_dim, hidden]`.
+    pub qkv: &'a Weight,
+    /// As many as `qkv` has rows.
+    pub qkv_bias: Option<&'a Weight>,
+    /// What becomes of Q, K and V.
+    pub store: RopeStore<'a>,
+    /// The same step and layer.
+    pub attention: Attention<'a>,
+    /// `[hidden, q_heads·head_dim]`.
+    pub out: &'a Weight,
+    /// Memory for `[tokens, (q_heads + 2·kv_heads)·head_dim]`.
+    pub qkv_memory: &'a Tensor,
+    /// Memory for `[tokens, q_heads·head_dim]`.
+    pub attended: &'a Tensor,
+}
+
+impl AttentionLayer<'_> {
+    /// One operation after the other.
+    pub fn in_parts<B: Backend + ?Sized>(&self, backend: &B, hidden: &Tensor) -> Result<()> {
+        let (x, norm, bias) = (hidden, Some(self.norm), self.qkv_bias);
+        let qkv = Linear { x, norm, weight: self.qkv, bias, store: Store::Set };
+        backend.linear(&qkv, self.qkv_memory)?;
+        backend.rope_attention(&self.store, &self.attention, self.qkv_memory, self.attended)?;
+        let (x, weight, store) = (self.attended, self.out, Store::Add);
+        backend.linear(&Linear { x, norm: None, weight, bias: None, store }, hidden)
+    }
+}
+
+/// Arguments of `Backend::mlp`.
+#[derive(Debug)]
+pub struct Mlp<'a> {
+    /// Norms `hidden` on the way in.
+    pub norm: &'a Norm,
+    /// `[2·inner, hidden]`, the gate's rows first.
+    pub gate_up: &'a Weight,
+    /// The gate's.
+    pub activation: Activation,
+    /// `[hidden, inner]`.
+    pub down: &'a Weight,
+    /// Memory for `[tokens, inner]`.
+    pub mid: &'a Tensor,
+}
+
+impl Mlp<'_> {
+    /// One operation after the other.
+    pub fn in_parts<B: Backend + ?Sized>(&self, backend: &B, hidden: &Tensor) -> Result<()> {
+        let (norm, weight) = (Some(self.norm), self.gate_up);
+        let gate_up = Linear { x: hidden, norm, weight, bias: None, store: Store::Set };
+        backend.gated_linear(&gate_up, self.activation, self.mid)?;
+        let (x, weight, store) = (self.mid, self.down, Store::Add);
+        backend.linear(&Linear { x, norm: None, weight, bias: None, store }, hidden)
+    }
 }
 
 /// Arguments of `Backend::moe`.

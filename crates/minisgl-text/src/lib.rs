@@ -3,9 +3,10 @@
 //! [`TextModel`] is what a model says about its text, from a folder in Hugging Face layout or from
 //! a GGUF file's metadata. Reading order: `text_model` (the front door), `tokenizer`, `gguf_vocab`
 //! (a GGUF vocabulary made into one), `template` and `python` (chat to text), then `detokenizer` and `stop`
-//! (tokens to text), `reasoning` and `tool_calls` (what parts of that text are).
+//! (tokens to text), `reasoning`, `tool_calls` and `call_object` (what parts of that text are).
 #![forbid(unsafe_code)]
 
+mod call_object;
 mod detokenizer;
 mod gguf_vocab;
 mod python;

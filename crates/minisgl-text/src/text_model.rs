@@ -19,6 +19,17 @@ pub enum TextError {
     /// The template refuses the conversation, or fails over it.
     #[error("the chat template fails: {0}")]
     Template(String),
+    /// It has more tokens than it may have, whatever they are.
+    #[error(
+        "this model's maximum context length is {tokens_max} tokens, and a text of {bytes} bytes has \
+         more"
+    )]
+    TooLong {
+        /// Of the text, or the rendered chat.
+        bytes: usize,
+        /// May be.
+        tokens_max: usize,
+    },
     /// The conversation itself is not as it should be.
     #[error("{0}")]
     Chat(String),
@@ -106,8 +117,12 @@ impl TextModel {
     /// any other where the request has it. Where the model wants BOS, there is exactly one.
     ///
     /// # Errors
-    /// If there is no template, or it fails.
-    pub fn encode_chat(&self, request: &ChatRequest) -> Result<Vec<u32>, TextError> {
+    /// If there is no template, or it fails, or the chat is sure to have more than `tokens_max`.
+    pub fn encode_chat(
+        &self,
+        request: &ChatRequest,
+        tokens_max: usize,
+    ) -> Result<Vec<u32>, TextError> {
         let template = self.template.as_ref().ok_or(TextError::NoTemplate)?;
         let mut request = as_templates_expect(request, template.takes_parts())?;
         for value in request.messages.iter_mut().chain(request.tools.iter_mut().flatten()) {
@@ -117,6 +132,7 @@ impl TextModel {
             self.mark_strings(value);
         }
         let text = template.render(&request)?;
+        self.check_length(&text, tokens_max)?;
         Ok(self.with_one_bos(self.tokenizer.encode_marked(&text)))
     }
 
@@ -124,9 +140,27 @@ impl TextModel {
     /// where the model wants it.
     ///
     /// # Errors
-    /// None today.
-    pub fn encode_prompt(&self, text: &str) -> Result<Vec<u32>, TextError> {
-        Ok(self.with_one_bos(self.tokenizer.encode(text, Special::Parse)))
+    /// If the text is sure to have more than `tokens_max`.
+    pub fn encode_prompt(&self, text: &str, tokens_max: usize) -> Result<Vec<u32>, TextError> {
+        Ok(self.with_one_bos(self.encode_text(text, tokens_max)?))
+    }
+
+    /// As [`TextModel::encode_prompt`], without BOS.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn encode_text(&self, text: &str, tokens_max: usize) -> Result<Vec<u32>, TextError> {
+        self.check_length(text, tokens_max)?;
+        Ok(self.tokenizer.encode(text, Special::Parse))
+    }
+
+    /// Encoding takes hundreds of bytes for each byte of text.
+    fn check_length(&self, text: &str, tokens_max: usize) -> Result<(), TextError> {
+        let bytes = text.len();
+        if bytes > self.tokenizer.bytes_max(tokens_max) {
+            return Err(TextError::TooLong { bytes, tokens_max });
+        }
+        Ok(())
     }
 
     fn with_one_bos(&self, mut ids: Vec<u32>) -> Vec<u32> {

@@ -18,12 +18,17 @@ pub enum Special {
     AsText,
 }
 
+/// Bytes that a normalizer may make one of, as NFKC does of a mathematical letter.
+const NORMALIZED_BYTES_MAX: usize = 4;
+
 /// Text to ids and ids to bytes.
 pub struct Tokenizer {
     inner: HfTokenizer,
     /// Each id's bytes, and whether it is special; `None` where an id is not used.
     tokens: Vec<Option<Token>>,
     specials: HashMap<String, u32>,
+    /// Bytes of text that one token can stand for.
+    token_bytes_max: usize,
     /// BOS, where encoding a prompt puts one in front.
     prompt_bos: Option<u32>,
 }
@@ -88,7 +93,16 @@ impl Tokenizer {
             .filter(|(_, token)| token.special && !token.content.is_empty())
             .map(|(&id, token)| (token.content.clone(), id))
             .collect();
-        Ok(Self { inner, tokens, specials, prompt_bos })
+        let longest = tokens.iter().flatten().map(|token| token.bytes.len()).max().unwrap_or(1);
+        let shrinks = inner.get_normalizer().map_or(1, |_| NORMALIZED_BYTES_MAX);
+        let token_bytes_max = longest.max(1) * shrinks;
+        Ok(Self { inner, tokens, specials, token_bytes_max, prompt_bos })
+    }
+
+    /// Bytes that a text of so many tokens can have at most: a longer one need not be encoded to know
+    /// that it has more.
+    pub fn bytes_max(&self, tokens: usize) -> usize {
+        tokens.saturating_mul(self.token_bytes_max)
     }
 
     /// The ids of a text, without BOS or EOS.

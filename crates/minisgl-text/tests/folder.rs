@@ -91,8 +91,8 @@ fn a_template_stands_in_one_of_three_files() {
 #[test]
 fn a_prompt_begins_as_the_post_processor_says() {
     let model = Folder::new("prompt").open().expect("it opens");
-    assert_eq!(model.encode_prompt("ab"), Ok(vec![2, 0, 1]));
-    assert_eq!(model.encode_prompt(""), Ok(vec![2]));
+    assert_eq!(model.encode_prompt("ab", 9), Ok(vec![2, 0, 1]));
+    assert_eq!(model.encode_prompt("", 9), Ok(vec![2]));
 }
 
 #[test]

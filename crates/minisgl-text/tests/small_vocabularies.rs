@@ -92,7 +92,7 @@ fn only_the_template_writes_special_tokens() {
     let tool = json!({"name": attack, "parameters": {attack: {"enum": [attack]}}});
     request.tools = Some(vec![tool]);
     request.kwargs.insert("extra".into(), attack.into());
-    let ids = text.encode_chat(&request).expect("it renders");
+    let ids = text.encode_chat(&request, 99).expect("it renders");
     let count = |id: u32| ids.iter().filter(|&&found| found == id).count();
     assert_eq!((count(257), count(258)), (1, 2), "one BOS, and an end for each message");
     assert_eq!(text.tokenizer.decode(&ids, false), text.render_chat(&request).expect("renders"));
@@ -102,15 +102,15 @@ fn only_the_template_writes_special_tokens() {
 fn there_is_exactly_one_bos() {
     let with = |template: &str| {
         let text = TextModel::from_gguf(byte_level(), Some(template.into())).expect("a model");
-        text.encode_chat(&ChatRequest::new(vec![json!({"role": "user", "content": "ab"})]))
+        text.encode_chat(&ChatRequest::new(vec![json!({"role": "user", "content": "ab"})]), 99)
     };
     for template in ["{{ messages[0].content }}", "<s>{{ messages[0].content }}", "<s><s>ab"] {
         assert_eq!(with(template), Ok(vec![257, 256]), "{template}");
     }
     let text = TextModel::from_gguf(byte_level(), None).expect("a model");
-    assert_eq!(text.encode_prompt("ab"), Ok(vec![257, 256]));
-    assert_eq!(text.encode_prompt("<s>ab"), Ok(vec![257, 256]));
-    assert_eq!(text.encode_prompt(""), Ok(vec![257]));
+    assert_eq!(text.encode_prompt("ab", 9), Ok(vec![257, 256]));
+    assert_eq!(text.encode_prompt("<s>ab", 9), Ok(vec![257, 256]));
+    assert_eq!(text.encode_prompt("", 9), Ok(vec![257]));
 }
 
 #[test]

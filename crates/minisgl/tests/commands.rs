@@ -1,26 +1,17 @@
 //! The commands as a user runs them: the binary itself, on the default model.
 
+mod binary;
+
 use std::fs;
-use std::io::{BufRead, BufReader, Read, Write};
-use std::net::TcpStream;
+use std::io::Write;
 use std::path::PathBuf;
-use std::process::{Child, Command, Output, Stdio};
+use std::process::Output;
 
 use serde_json::Value;
 
-/// Small, so that tests that run beside each other do not fill the machine.
-const SMALL: [&str; 6] = ["--num-pages", "256", "--device", "cpu", "--threads", "2"];
-
-fn start(args: &[&str]) -> Child {
-    Command::new(env!("CARGO_BIN_EXE_minisgl"))
-        .args(args)
-        .args(SMALL)
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap()
-}
+#[cfg(unix)]
+use binary::Server;
+use binary::start;
 
 fn run(args: &[&str], input: &str) -> Output {
     let mut child = start(args);
@@ -134,42 +125,11 @@ fn the_shell_reads_a_pipe_and_keeps_the_chat_in_its_cache() {
     assert!(cached[0] == 0 && cached[1] >= 32, "{notes}");
 }
 
-/// A server, killed where a test ends before it does.
-struct Server(Child);
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
 #[cfg(unix)]
 #[test]
-fn a_server_answers_refuses_a_port_in_use_and_ends_at_a_signal() {
+fn a_server_answers_refuses_and_keeps_its_port() {
     // Flags without a command are those of `serve`.
-    let mut server = Server(start(&["--port", "0"]));
-    let mut notes = BufReader::new(server.0.stderr.take().unwrap());
-    let mut line = String::new();
-    let address = loop {
-        line.clear();
-        assert!(notes.read_line(&mut line).unwrap() > 0, "it ended before it was ready");
-        if let Some((_, rest)) = line.split_once("http://") {
-            break rest.split(' ').next().unwrap().to_owned();
-        }
-    };
-    let ask = |body: &str| {
-        let mut stream = TcpStream::connect(&address).unwrap();
-        let request = format!(
-            "POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\
-             Content-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
-            body.len()
-        );
-        stream.write_all(request.as_bytes()).unwrap();
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer).unwrap();
-        answer
-    };
+    let server = Server::start(&[]);
     let good = r#"{"prompt": "One, two,", "max_tokens": 3}"#;
     for bad in [
         r#"{"prompt": "x", "max_tokens": 0}"#,
@@ -178,16 +138,13 @@ fn a_server_answers_refuses_a_port_in_use_and_ends_at_a_signal() {
         &format!(r#"{{"prompt": "{}"}}"#, "word ".repeat(9000)),
         "{\"prompt\": \"",
     ] {
-        let answer = ask(bad);
+        let answer = server.ask(bad);
         assert!(answer.starts_with("HTTP/1.1 4"), "{}", &answer[..80]);
-        assert!(ask(good).starts_with("HTTP/1.1 200"));
+        assert!(server.ask(good).starts_with("HTTP/1.1 200"));
     }
-    let port = address.rsplit(':').next().unwrap();
+    let port = server.address.rsplit(':').next().unwrap();
     let second = run(&["serve", "--port", port], "");
     assert_eq!(second.status.code(), Some(1));
     assert!(text(second.stderr).contains("in use"));
-    assert!(ask(good).starts_with("HTTP/1.1 200"));
-    let signalled = Command::new("kill").arg(server.0.id().to_string()).status().unwrap();
-    assert!(signalled.success());
-    assert!(server.0.wait().unwrap().success());
+    assert!(server.ask(good).starts_with("HTTP/1.1 200"));
 }

@@ -7,7 +7,7 @@ use super::forms::Form;
 use super::{Item, SPAN, Step, TILE};
 use crate::kernels::PANEL;
 use crate::memory::{Shared, view};
-use crate::simd::{Aligned, Kernel, LANES, Line, Simd, array, math};
+use crate::simd::{Aligned, Kernel, LANES, Simd, array, math};
 
 /// Vectors of a query's scores with a tile of keys.
 pub const GROUPS: usize = TILE / LANES;
@@ -130,12 +130,12 @@ impl<'a, F: Form<E>, E: Pod> Reduce<'a, F, E> {
         rows
     }
 
-    /// Fetches sixteen keys and their values.
+    /// Fetches what a tile is made of. Its rows lie in pieces too short for the processor to foresee.
     #[inline(always)]
-    fn will_read<S: Simd>(&self, s: S, first: usize, end: usize) {
+    fn fetch<S: Simd>(&self, s: S, first: usize, end: usize) {
         for pages in [self.keys, self.values] {
-            for row in self.rows::<LANES>(pages, first, end) {
-                for line in bytemuck::cast_slice(row).chunks(size_of::<Line>()) {
+            for row in self.rows::<TILE>(pages, first, end) {
+                for line in bytemuck::cast_slice::<E, u8>(row).chunks(64) {
                     s.will_read(&line[0], 0);
                 }
             }
@@ -148,8 +148,6 @@ impl<'a, F: Form<E>, E: Pod> Reduce<'a, F, E> {
         let (dim, queries) = (self.step.args.heads.dim, self.item.tokens * self.step.group());
         for group in 0..GROUPS {
             let at = first + group * LANES;
-            // Pages lie anywhere, so that the processor does not foresee the next tile.
-            self.will_read(s, at + TILE, self.item.position + self.item.tokens);
             F::turn_keys(s, self.own, dim, group, self.rows(self.keys, at, end));
             F::lay_values(s, self.own, dim, group, self.rows(self.values, at, end));
         }
@@ -182,10 +180,13 @@ impl<F: Form<E>, E: Pod> Kernel for Reduce<'_, F, E> {
         self.load_queries();
         F::begin(s, self.own, step.args.heads.dim, queries);
         self.own.total.reset(queries, vectors);
+        let last = ((item.first_span + item.spans) * SPAN).min(item.position + item.tokens);
+        self.fetch(s, item.first_span * SPAN, last);
         for span in item.first_span..item.first_span + item.spans {
             self.own.span.reset(queries, vectors);
             let end = ((span + 1) * SPAN).min(item.position + item.tokens);
             for first in (span * SPAN..end).step_by(TILE) {
+                self.fetch(s, first + TILE, last);
                 self.tile(s, first, end.min(first + TILE));
             }
             let ThreadScratch { span, total, .. } = &mut *self.own;

@@ -8,7 +8,7 @@ use super::{PANEL, Quantized, TileProduct, UnitRoom, by_fours};
 use crate::simd::{Aligned, Kernel, LANES, Line, MatrixUnit, Products, Simd, array};
 
 /// Blocks that are unpacked at a time: with their rows of a panel they fit into the first cache.
-pub const UNPACKED: usize = 32;
+pub const UNPACKED: usize = 24;
 /// Blocks whose products a matrix unit has made before they are added up.
 pub const AHEAD: usize = 2;
 /// From how many rows on a matrix unit is worth its while.
@@ -27,7 +27,7 @@ pub trait Codes {
         codes: &[Line],
         x: [&[i8; 32]; R],
         at: usize,
-        shifted: &[i32],
+        shifted: &[i32; R],
     ) -> [S::F32; R];
     /// A block's codes in a byte each.
     fn unpack<S: Simd>(s: S, codes: &[Line], out: &mut [Line; 8]);
@@ -45,7 +45,7 @@ impl Codes for Nibbles {
         codes: &[Line],
         x: [&[i8; 32]; R],
         _: usize,
-        _: &[i32],
+        _: &[i32; R],
     ) -> [S::F32; R] {
         let x =
             array!(R, &[[0; 4]; 8], |r| x[r].as_chunks().0.first_chunk().unwrap_or(&[[0; 4]; 8]));
@@ -87,7 +87,7 @@ impl Codes for Bytes {
         codes: &[Line],
         x: [&[i8; 32]; R],
         at: usize,
-        shifted: &[i32],
+        shifted: &[i32; R],
     ) -> [S::F32; R] {
         let x = array!(R, &[] as &[[i8; 4]], |r| x[r][at..].as_chunks().0);
         let mut sums = array!(R, s.byte_start(0), |r| s.byte_start(shifted[r]));
@@ -217,7 +217,7 @@ pub type UnitProducts = [[Aligned<[[i32; LANES]; PANEL]>; 2]; 2 * AHEAD];
 struct UnitStep<'a> {
     scales: &'a [u8],
     codes: &'a [[Line; 8]],
-    panel: &'a [Quantized],
+    panel: &'a [[Quantized; PANEL]],
     /// Whether they are the tile's first.
     first: bool,
 }
@@ -241,17 +241,17 @@ impl<'a, C: Codes, Z: Scales> BlockProduct<'a, C, Z> {
         (&scales[..blocks / Self::GROUP.0 * Self::GROUP.1], bytemuck::cast_slice(codes))
     }
 
-    /// The product with rows `from..from + R` of a panel.
+    /// The product with rows `from..from + R` of a panel, whose columns are `height` rows high.
     #[inline(always)]
     fn sums<S: Simd, const R: usize>(
         s: S,
         (scales, codes): Parts<'_>,
-        panel: &[Quantized],
+        (panel, height): (&[Quantized], usize),
         from: usize,
     ) -> [S::F32; R] {
         let mut sums = [s.splat(0.0); R];
         let tile_bytes = scales.len().next_multiple_of(64) + size_of_val(codes);
-        let mut blocks = panel.iter().zip(codes.chunks_exact(C::LINES));
+        let mut blocks = panel.chunks_exact(height).zip(codes.chunks_exact(C::LINES));
         for group in scales.chunks_exact(Self::GROUP.1) {
             let (head, scales) = group.split_at(Z::HEAD.1);
             for (scales, (x, codes)) in scales.chunks_exact(Z::BYTES).zip(&mut blocks) {
@@ -262,20 +262,22 @@ impl<'a, C: Codes, Z: Scales> BlockProduct<'a, C, Z> {
                         s.will_read(&line.0[0], tile_bytes);
                     }
                 }
-                let rows = array!(R, &x.codes[0], |r| &x.codes[from + r]);
+                let x = &x[from..][..R];
+                let rows = array!(R, &x[0].codes, |r| &x[r].codes);
                 for part in 0..Z::PARTS {
                     let (cols, lines) = Self::PART;
-                    let shifted = &x.shifted[if Z::PARTS == 1 { 2 } else { part }][from..];
+                    let which = if Z::PARTS == 1 { 2 } else { part };
+                    let shifted = array!(R, 0, |r| x[r].shifted[which]);
                     let codes = &codes[part * lines..][..lines];
-                    let dots = C::dot::<S, R>(s, codes, rows, part * cols, shifted);
+                    let dots = C::dot::<S, R>(s, codes, rows, part * cols, &shifted);
                     let scale = Z::scale(s, head, scales, part);
                     for r in 0..R {
-                        sums[r] = s.fma(dots[r], s.mul(scale, s.splat(x.d[from + r])), sums[r]);
+                        sums[r] = s.fma(dots[r], s.mul(scale, s.splat(x[r].d)), sums[r]);
                     }
                 }
                 if let Some(min) = Z::min(s, head, scales) {
-                    for (sum, x) in sums.iter_mut().zip(&x.sum[from..]) {
-                        *sum = s.fma(min, s.splat(*x), *sum);
+                    for (sum, x) in sums.iter_mut().zip(x) {
+                        *sum = s.fma(min, s.splat(x.sum), *sum);
                     }
                 }
             }
@@ -303,7 +305,8 @@ impl<'a, C: Codes, Z: Scales> BlockProduct<'a, C, Z> {
             } else {
                 codes.as_chunks().0
             };
-            let panels = x.blocks.chunks_exact(across).map(|panel| &panel[step * UNPACKED..]);
+            let panels = x.blocks.as_chunks::<PANEL>().0.chunks_exact(across);
+            let panels = panels.map(|panel| &panel[step * UNPACKED..]);
             for (out, panel) in out.chunks_mut(PANEL).zip(panels) {
                 let step = UnitStep { scales, codes: bytes, panel, first: step == 0 };
                 match out.len() {
@@ -332,7 +335,7 @@ impl<'a, C: Codes, Z: Scales> BlockProduct<'a, C, Z> {
                 for part in 0..Z::PARTS {
                     let lines = &codes[part * 8 / Z::PARTS..][..8 / Z::PARTS];
                     let products = &mut products[b % (2 * AHEAD)][part];
-                    unit.byte_products(&x.codes, part * Self::PART.0, lines, products);
+                    unit.byte_products(x, part * Self::PART.0, lines, products);
                 }
             }
         };
@@ -347,13 +350,13 @@ impl<'a, C: Codes, Z: Scales> BlockProduct<'a, C, Z> {
                 for part in 0..Z::PARTS {
                     let products = &products[b % (2 * AHEAD)][part];
                     let scale = Z::scale(s, head, scales, part);
-                    for (sum, (product, d)) in sums.iter_mut().zip(products.0.iter().zip(x.d)) {
-                        *sum = s.fma(s.convert(product), s.mul(scale, s.splat(d)), *sum);
+                    for (sum, (product, x)) in sums.iter_mut().zip(products.0.iter().zip(x)) {
+                        *sum = s.fma(s.convert(product), s.mul(scale, s.splat(x.d)), *sum);
                     }
                 }
                 if let Some(min) = Z::min(s, head, scales) {
-                    for (sum, x) in sums.iter_mut().zip(x.sum) {
-                        *sum = s.fma(min, s.splat(x), *sum);
+                    for (sum, x) in sums.iter_mut().zip(x) {
+                        *sum = s.fma(min, s.splat(x.sum), *sum);
                     }
                 }
             }
@@ -377,9 +380,9 @@ impl<C: Codes, Z: Scales> Kernel for BlockProduct<'_, C, Z> {
         let TileProduct { tile, x, out, .. } = self.product;
         let across = x.cols / 32;
         let parts = Self::split(tile, across);
-        for (out, panel) in out.chunks_mut(PANEL).zip(x.blocks.chunks_exact(across)) {
+        for (out, panel) in out.chunks_mut(PANEL).zip(x.blocks.chunks_exact(across * x.height)) {
             by_fours!(0..out.len(), |from, R| {
-                let sums = Self::sums::<S, R>(s, parts, panel, from);
+                let sums = Self::sums::<S, R>(s, parts, (panel, x.height), from);
                 for (sum, out) in sums.into_iter().zip(&mut out[from..]) {
                     s.store(sum, out);
                 }

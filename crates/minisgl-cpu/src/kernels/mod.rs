@@ -21,16 +21,18 @@ use plain::{PairProduct, PlainProduct};
 /// Rows of activations in a panel.
 pub const PANEL: usize = 16;
 
-/// 32 columns of a panel as 8-bit integers: `x[row][i] ≈ d[row] · codes[row][i]`.
+/// 32 columns of a row as 8-bit integers, `x[i] ≈ d · codes[i]`, and all that goes with them: one
+/// line of the cache.
 #[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C, align(64))]
 pub struct Quantized {
-    pub codes: [[i8; 32]; PANEL],
-    pub d: [f32; PANEL],
+    pub codes: [i8; 32],
+    pub d: f32,
     /// `d · Σ codes`, what a weight's minimum is multiplied with.
-    pub sum: [f32; PANEL],
+    pub sum: f32,
     /// −128 · Σ codes, of the first 16 columns, the others, and all: see `Simd::byte_start`.
-    pub shifted: [[i32; PANEL]; 3],
+    pub shifted: [i32; 3],
+    rest: [i32; 3],
 }
 
 /// Parts in bf16 that an f32 is the sum of.
@@ -48,7 +50,9 @@ pub struct Rows<'a> {
     pub cols: usize,
     /// `[rows, cols]`.
     pub floats: &'a [f32],
-    /// `[panels, cols / 32]`.
+    /// Rows of a panel of `blocks`: a row that is alone has a panel of its size.
+    pub height: usize,
+    /// `[panels, cols / 32, height]`.
     pub blocks: &'a [Quantized],
     /// `[panels, PARTS, ⌈cols / 32⌉]`. Zeros behind the last column.
     pub halves: &'a [Half],
@@ -63,8 +67,9 @@ impl Rows<'_> {
         }
         Self {
             cols,
+            height: self.height,
             floats: rest(self.floats, first * cols),
-            blocks: rest(self.blocks, panel * (cols / 32)),
+            blocks: rest(self.blocks, panel * (cols / 32) * self.height),
             halves: rest(self.halves, panel * PARTS * cols.div_ceil(32)),
         }
     }

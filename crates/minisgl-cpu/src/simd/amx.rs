@@ -8,7 +8,7 @@ use half::f16;
 
 use super::unit::{MatrixUnit, Products, Sums};
 use super::{Aligned, LANES, Line};
-use crate::kernels::{Half, PANEL};
+use crate::kernels::{Half, PANEL, Quantized};
 
 /// Proof that this machine has AMX with bytes and bf16, and that the system lets us use it; and
 /// AVX-512 F and BW, as all that have AMX do.
@@ -136,7 +136,7 @@ impl MatrixUnit for Amx {
     #[inline(always)]
     fn byte_products(
         self,
-        x: &[[i8; 32]; PANEL],
+        x: &[Quantized; PANEL],
         at: usize,
         w: &[Line],
         out: &mut Aligned<[[i32; LANES]; PANEL]>,
@@ -147,22 +147,22 @@ impl MatrixUnit for Amx {
             match (w.len(), at) {
                 (8, 0) => asm!(
                     "tilezero tmm0",
-                    "tileloadd tmm1, [{x} + {x_stride}]",
+                    "tileloadd tmm1, [{x} + {stride}]",
                     "tileloadd tmm2, [{w} + {stride}]",
                     "tdpbssd tmm0, tmm1, tmm2",
                     "tilestored [{out} + {stride}], tmm0",
                     x = in(reg) x, w = in(reg) w.as_ptr(), out = in(reg) out,
-                    x_stride = in(reg) 32usize, stride = in(reg) 64usize,
+                    stride = in(reg) size_of::<Quantized>(),
                     out("tmm0") _, out("tmm1") _, out("tmm2") _, options(nostack),
                 ),
                 (4, 0 | 16) => asm!(
                     "tilezero tmm0",
-                    "tileloadd tmm3, [{x} + {x_stride}]",
+                    "tileloadd tmm3, [{x} + {stride}]",
                     "tileloadd tmm4, [{w} + {stride}]",
                     "tdpbssd tmm0, tmm3, tmm4",
                     "tilestored [{out} + {stride}], tmm0",
                     x = in(reg) x.as_ptr().byte_add(at), w = in(reg) w.as_ptr(), out = in(reg) out,
-                    x_stride = in(reg) 32usize, stride = in(reg) 64usize,
+                    stride = in(reg) size_of::<Quantized>(),
                     out("tmm0") _, out("tmm3") _, out("tmm4") _, options(nostack),
                 ),
                 _ => unreachable!("{} rows of codes from column {at}", w.len()),

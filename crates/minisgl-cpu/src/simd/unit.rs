@@ -2,7 +2,7 @@
 
 use half::f16;
 
-use crate::kernels::{Half, PANEL};
+use crate::kernels::{Half, PANEL, Quantized};
 use crate::simd::{Aligned, LANES, Line};
 
 /// What a unit is readied for.
@@ -22,11 +22,11 @@ pub type Sums = Aligned<[[[f32; LANES]; PANEL]; 3]>;
 pub trait MatrixUnit: Copy {
     /// Readies the unit for this thread. To be called before the others.
     fn begin(self, products: Products);
-    /// `out[row][lane] = Σ x[row][at + k] · w[k / 4][4 · lane + k % 4]`, codes signed, along all of
+    /// `out[row][lane] = Σ x[row].codes[at + k] · w[k / 4][4 · lane + k % 4]`, codes signed, along all of
     /// `w`: 32 columns from `at` = 0, or 16.
     fn byte_products(
         self,
-        x: &[[i8; 32]; PANEL],
+        x: &[Quantized; PANEL],
         at: usize,
         w: &[Line],
         out: &mut Aligned<[[i32; LANES]; PANEL]>,
@@ -57,7 +57,7 @@ impl MatrixUnit for NoUnit {
     }
     fn byte_products(
         self,
-        _: &[[i8; 32]; PANEL],
+        _: &[Quantized; PANEL],
         _: usize,
         _: &[Line],
         _: &mut Aligned<[[i32; LANES]; PANEL]>,

@@ -266,7 +266,11 @@ impl Checkpoint {
         let bytes = &bytes[first * row_bytes..(first + range.len()) * row_bytes];
         let data = match entry.interleaved_head_dim {
             None => Cow::Borrowed(bytes),
-            Some(head_dim) => Cow::Owned(uninterleave(bytes, row_bytes, head_dim)),
+            Some(head_dim) => {
+                let rows = uninterleave(bytes, row_bytes, head_dim);
+                self.files[entry.file].release(bytes);
+                Cow::Owned(rows)
+            }
         };
         let mut part_shape = shape.to_vec();
         part_shape[0] = range.len();
@@ -314,6 +318,16 @@ impl Checkpoint {
             Some(DType::BF16) => halves.map(|b| half::bf16::from_le_bytes(*b).to_f32()).collect(),
             _ => bail!("{}: expected a float type", entry.stored_name),
         })
+    }
+
+    /// Lets go of the pages that `parts` lie in, once a backend has its own copy: else a model takes
+    /// twice its size while it is loaded.
+    pub(crate) fn release(&self, parts: &[HostTensor<'_>]) {
+        for part in parts {
+            if let Cow::Borrowed(bytes) = part.data {
+                self.files.iter().for_each(|file| file.release(bytes));
+            }
+        }
     }
 
     fn entry(&self, name: &str) -> Result<&Entry> {

@@ -3,7 +3,9 @@
 use std::ops::Range;
 
 use anyhow::Result;
-use minisgl_tensor::{Attention as AttentionArgs, BackendError, Heads, Norm, RopeStore, Tensor};
+use minisgl_tensor::{
+    Attention as AttentionArgs, AttentionLayer, BackendError, Heads, Norm, RopeStore, Tensor,
+};
 
 use super::{ColumnPart, ForwardCtx, Linear};
 use crate::config::ModelConfig;
@@ -79,7 +81,16 @@ impl Attention {
 
     /// `hidden += attention(norm(hidden))`.
     pub fn add_to_hidden(&self, ctx: &ForwardCtx<'_>, norm: &Norm) -> Result<(), BackendError> {
-        self.out.add_to_hidden(ctx, &self.attend(ctx, norm)?)
+        let whole = self.qkv.whole().zip(self.out.whole());
+        let Some(((qkv, qkv_bias), (out, _))) = whole else {
+            return self.out.add_to_hidden(ctx, &self.attend(ctx, norm)?);
+        };
+        let (store, attention) = self.args(ctx);
+        let qkv_memory = &ctx.workspace.qkv.first(ctx.batch.tokens);
+        let attended = &ctx.workspace.attention.first(ctx.batch.tokens);
+        let args =
+            AttentionLayer { norm, qkv, qkv_bias, store, attention, out, qkv_memory, attended };
+        ctx.backend.attention_layer(&args, &ctx.hidden())
     }
 
     /// `delta = attention(norm(hidden))`.
@@ -88,16 +99,19 @@ impl Attention {
     }
 
     fn attend(&self, ctx: &ForwardCtx<'_>, norm: &Norm) -> Result<Tensor, BackendError> {
-        let (batch, heads) = (ctx.batch, self.heads);
-        let qkv = ctx.workspace.qkv.first(batch.tokens);
-        let out = ctx.workspace.attention.first(batch.tokens);
-        let kv = &ctx.kv.layers[self.layer];
+        let qkv = ctx.workspace.qkv.first(ctx.batch.tokens);
+        let out = ctx.workspace.attention.first(ctx.batch.tokens);
         self.qkv.forward(ctx, &ctx.hidden(), Some(norm), &qkv)?;
+        let (store, attention) = self.args(ctx);
+        ctx.backend.rope_attention(&store, &attention, &qkv, &out)?;
+        Ok(out)
+    }
+
+    fn args<'a>(&'a self, ctx: &ForwardCtx<'a>) -> (RopeStore<'a>, AttentionArgs<'a>) {
+        let (batch, heads, kv) = (ctx.batch, self.heads, &ctx.kv.layers[self.layer]);
         let (q_norm, k_norm) = (self.q_norm.as_ref(), self.k_norm.as_ref());
         let store = RopeStore { batch, heads, q_norm, k_norm, rope: &self.rope, kv };
         let (scale, window, soft_cap) = (self.scale, self.window, self.soft_cap);
-        let attention = AttentionArgs { batch, heads, kv, scale, window, soft_cap };
-        ctx.backend.rope_attention(&store, &attention, &qkv, &out)?;
-        Ok(out)
+        (store, AttentionArgs { batch, heads, kv, scale, window, soft_cap })
     }
 }

@@ -94,6 +94,11 @@ impl Linear {
         ctx.backend.gated_linear(&self.args(&hidden, Some(norm), Store::Set), activation, out)
     }
 
+    /// The matrix and the bias, where the whole product is this rank's; none where ranks have parts.
+    pub fn whole(&self) -> Option<(&Weight, Option<&Weight>)> {
+        (!self.partial).then_some((&self.weight, self.bias.as_ref()))
+    }
+
     fn args<'a>(&'a self, x: &'a Tensor, norm: Option<&'a Norm>, store: Store) -> LinearArgs<'a> {
         LinearArgs { x, norm, weight: &self.weight, bias: self.bias.as_ref(), store }
     }

@@ -1,7 +1,9 @@
 //! Gated MLPs: one, or many of which a token uses a few.
 
 use anyhow::Result;
-use minisgl_tensor::{Activation, BackendError, HostTensor, Moe, Norm, Store, Tensor, Weight};
+use minisgl_tensor::{
+    Activation, BackendError, HostTensor, Mlp as MlpArgs, Moe, Norm, Store, Tensor, Weight,
+};
 
 use super::{ColumnPart, ForwardCtx, Linear};
 use crate::config::{ModelConfig, MoeConfig};
@@ -36,7 +38,13 @@ impl Mlp {
 
     /// `hidden += mlp(norm(hidden))`.
     pub fn add_to_hidden(&self, ctx: &ForwardCtx<'_>, norm: &Norm) -> Result<(), BackendError> {
-        self.down.add_to_hidden(ctx, &self.gated(ctx, norm)?)
+        let whole = self.gate_up.whole().zip(self.down.whole());
+        let Some(((gate_up, None), (down, _))) = whole else {
+            return self.down.add_to_hidden(ctx, &self.gated(ctx, norm)?);
+        };
+        let mid = &ctx.workspace.inner.reshape(&[ctx.batch.tokens, self.inner]);
+        let args = MlpArgs { norm, gate_up, activation: self.activation, down, mid };
+        ctx.backend.mlp(&args, &ctx.hidden())
     }
 
     /// `delta = mlp(norm(hidden))`.

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use serde_json::value::RawValue;
 
 use super::chat::StopReason;
 use super::{Prompts, Usage, or_null};
@@ -28,7 +29,8 @@ pub struct CompletionFields {
     pub suffix: Option<String>,
     /// The form of the text: `text`, `json_object` or `json_schema`.
     #[serde(default)]
-    pub response_format: Option<Value>,
+    #[schemars(with = "Option<Value>")]
+    pub response_format: Option<Box<RawValue>>,
     /// A regular expression that the whole text matches.
     #[serde(default)]
     pub regex: Option<String>,

@@ -13,6 +13,9 @@ use schemars::{JsonSchema, Schema, SchemaGenerator};
 use serde::de::{self, Deserializer, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize};
 
+/// Texts, or lists of token ids, that a list may have; no server holds more requests at once.
+const LISTED_MAX: usize = 1 << 16;
+
 /// A text or a list of texts.
 #[derive(Clone, Debug, Default)]
 pub struct OneOrMany(pub Vec<String>);
@@ -33,7 +36,7 @@ impl<'de> Deserialize<'de> for OneOrMany {
             }
 
             fn visit_seq<A: SeqAccess<'de>>(self, seq: A) -> Result<OneOrMany, A::Error> {
-                collect(seq).map(OneOrMany)
+                collect(seq, LISTED_MAX).map(OneOrMany)
             }
         }
 
@@ -89,9 +92,15 @@ impl<'de> Visitor<'de> for PromptsVisitor {
         // What the first one is, the others must be.
         match seq.next_element::<Element>()? {
             None => Ok(Prompts::Texts(Vec::new())),
-            Some(Element::Text(first)) => collect_behind(first, seq).map(Prompts::Texts),
-            Some(Element::Tokens(first)) => collect_behind(first, seq).map(Prompts::TokenLists),
-            Some(Element::Token(first)) => collect_behind(first, seq).map(Prompts::Tokens),
+            Some(Element::Text(first)) => {
+                collect_behind(first, seq, LISTED_MAX).map(Prompts::Texts)
+            }
+            Some(Element::Tokens(first)) => {
+                collect_behind(first, seq, LISTED_MAX).map(Prompts::TokenLists)
+            }
+            Some(Element::Token(first)) => {
+                collect_behind(first, seq, usize::MAX).map(Prompts::Tokens)
+            }
         }
     }
 }
@@ -128,7 +137,7 @@ impl<'de> Deserialize<'de> for Element {
             }
 
             fn visit_seq<A: SeqAccess<'de>>(self, seq: A) -> Result<Element, A::Error> {
-                collect(seq).map(Element::Tokens)
+                collect(seq, usize::MAX).map(Element::Tokens)
             }
         }
 
@@ -140,9 +149,15 @@ fn no_token(id: impl fmt::Display) -> String {
     format!("{id} is not a token id")
 }
 
-fn collect<'de, T: Deserialize<'de>, A: SeqAccess<'de>>(mut seq: A) -> Result<Vec<T>, A::Error> {
+fn collect<'de, T: Deserialize<'de>, A: SeqAccess<'de>>(
+    mut seq: A,
+    len_max: usize,
+) -> Result<Vec<T>, A::Error> {
     let mut all = Vec::new();
     while let Some(next) = seq.next_element()? {
+        if all.len() == len_max {
+            return Err(de::Error::custom(format!("more than {len_max} are too many")));
+        }
         all.push(next);
     }
     Ok(all)
@@ -151,9 +166,10 @@ fn collect<'de, T: Deserialize<'de>, A: SeqAccess<'de>>(mut seq: A) -> Result<Ve
 fn collect_behind<'de, T: Deserialize<'de>, A: SeqAccess<'de>>(
     first: T,
     seq: A,
+    len_max: usize,
 ) -> Result<Vec<T>, A::Error> {
     let mut all = vec![first];
-    all.append(&mut collect(seq)?);
+    all.append(&mut collect(seq, len_max - 1)?);
     Ok(all)
 }
 

@@ -78,6 +78,67 @@ fn malformed_json() {
     serves(&server);
 }
 
+/// What takes much memory for each of its bytes once it is parsed or encoded, in a body of 16 MiB.
+#[test]
+fn large_bodies_of_small_parts() {
+    let server = Setup::says("ok").start();
+    let fill = |part: &str| part.repeat((15 << 20) / part.len());
+    let objects = fill(r#"{"":1},"#);
+    let tool = |parameters: &str| {
+        chat(&format!(r#""tools": [{{"function": {{"name": "f", "parameters": {parameters}}}}}]"#))
+    };
+    let schema = |format: &str| format!(r#"{{"type": "json_schema", "json_schema": {format}}}"#);
+    let form = schema(&format!(r#"{{"schema": {{"x": [{objects}1]}}}}"#));
+    let sent_at = Instant::now();
+    check(
+        &server,
+        vec![
+            (CHAT, tool(&format!("[{objects}1]")), 400, ""),
+            (
+                CHAT,
+                chat(&format!(r#""chat_template_kwargs": {{"x": [{}1]}}"#, fill("1,"))),
+                400,
+                "",
+            ),
+            (CHAT, chat(&format!(r#""response_format": {form}"#)), 400, ""),
+            (CHAT, format!(r#"{{"messages": [{}1]}}"#, fill(r#"{"role":"user"},"#)), 400, ""),
+            (
+                CHAT,
+                format!(r#"{{"messages": [{{"role": "user", "content": "{}"}}]}}"#, fill("a b ")),
+                400,
+                "messages",
+            ),
+            (CHAT, chat(&format!(r#""unknown": [{objects}1]"#)), 400, ""),
+            (CHAT, chat(&format!(r#""user": "{}""#, fill("[{,"))), 200, ""),
+            (TEXT, text(&format!(r#""response_format": {form}"#)), 400, ""),
+            (TEXT, format!(r#"{{"prompt": "{}"}}"#, fill("a b ")), 400, "prompt"),
+            (TEXT, format!(r#"{{"prompt": [{}""]}}"#, fill(r#""","#)), 400, "prompt"),
+            (TEXT, format!(r#"{{"prompt": [{}[]]}}"#, fill("[],")), 400, "prompt"),
+            (TEXT, format!(r#"{{"prompt": [{}1]}}"#, fill("1,")), 400, "prompt"),
+            (TEXT, text(&format!(r#""stop": [{}""]"#, fill(r#""","#))), 400, "stop"),
+            (TEXT, text(&format!(r#""unknown": [{objects}1]"#)), 200, ""),
+            (NATIVE, format!(r#"{{"text": "{}"}}"#, fill("a b ")), 400, "text"),
+            (
+                NATIVE,
+                format!(
+                    r#"{{"text": "a", "sampling_params": {{"json_schema": "[{}1]"}}}}"#,
+                    fill("[],")
+                ),
+                400,
+                "sampling_params.json_schema",
+            ),
+            ("/tokenize", format!(r#"{{"prompt": "{}"}}"#, fill("a b ")), 400, "prompt"),
+            (
+                "/tokenize",
+                format!(r#"{{"prompt": "{}", "add_special_tokens": false}}"#, fill("a b ")),
+                400,
+                "prompt",
+            ),
+        ],
+    );
+    assert!(sent_at.elapsed() < Duration::from_secs(20), "{:?}", sent_at.elapsed());
+}
+
 #[test]
 fn wrong_types_and_missing_fields() {
     let server = Setup::says("ok").start();
@@ -186,6 +247,38 @@ fn prompts_that_cannot_run() {
             (TEXT, long(65, 1), 400, "prompt"),
         ],
     );
+}
+
+#[test]
+fn what_is_wrong_is_said_even_while_the_queue_is_full() {
+    let server = Setup::slow().start();
+    let body = text(r#""max_tokens": 1000"#);
+    let _busy: Vec<_> = (0..16).map(|_| server.send(TEXT, &body)).collect();
+    server.wait_for_in_flight(16);
+    assert_eq!(server.post(TEXT, &body).status, 503);
+    let ids = |ids: &str| format!(r#"{{"prompt": {ids}}}"#);
+    let rows: [Row; 13] = [
+        (CHAT, "{".to_string(), 400, ""),
+        (CHAT, r#"{"messages": []}"#.to_string(), 400, "messages"),
+        (CHAT, chat(r#""temperature": 9"#), 400, "temperature"),
+        (CHAT, chat(r#""regex": "(""#), 400, "regex"),
+        (CHAT, chat(r#""logit_bias": {"259": 1}"#), 400, "logit_bias"),
+        (CHAT, chat(r#""model": "other""#), 404, "model"),
+        (TEXT, ids("\"\""), 400, "prompt"),
+        (TEXT, ids("[259]"), 400, "prompt"),
+        (TEXT, ids(&format!("\"{}\"", "p".repeat(1024))), 400, "prompt"),
+        (TEXT, ids(&format!("[{}\"a\"]", "\"a\",".repeat(20))), 400, "prompt"),
+        (TEXT, text(r#""n": 1000000000"#), 400, "n"),
+        (TEXT, text(r#""max_tokens": 1024"#), 400, "max_tokens"),
+        (NATIVE, r#"{"input_ids": [300]}"#.to_string(), 400, "input_ids"),
+    ];
+    for (path, body, status, param) in rows {
+        let answer = server.post(path, &body);
+        let error = &answer.json()["error"];
+        assert_eq!(answer.status, status, "{body}: {error}");
+        assert!(error["param"].as_str().unwrap_or_default().contains(param), "{body}: {error}");
+    }
+    assert_eq!(server.post(TEXT, &body).status, 503);
 }
 
 #[test]

@@ -11,10 +11,9 @@ use minisgl_frontend::{Frontend, FrontendOptions};
 use minisgl_scheduler::SchedulerOptions;
 use minisgl_scheduler::engine::EngineLimits;
 use minisgl_scheduler::fake::{FakeEngine, FakeOptions, NextToken};
-use minisgl_server::{ServerOptions, serve_until};
+use minisgl_server::{ServerOptions, bind, listen, serve_until};
 use minisgl_text::TextModel;
 use serde_json::Value;
-use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 
 use crate::tiny;
@@ -87,7 +86,7 @@ impl Setup {
         let thread = thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
             runtime.block_on(async {
-                let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+                let listener = listen(bind("127.0.0.1:0".parse().unwrap()).unwrap()).unwrap();
                 address_sender.send(listener.local_addr().unwrap()).unwrap();
                 serve_until(served, self.server, listener, received).await
             })

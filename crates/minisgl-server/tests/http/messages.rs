@@ -1,5 +1,7 @@
 //! Thoughts and calls, told apart from what is said: whole and in streams.
 
+use std::time::Duration;
+
 use serde_json::{Value, json};
 
 use crate::harness::{Server, Setup};
@@ -17,10 +19,14 @@ const THINKS: &str = "{% if opened is defined %}<think>\n{% endif %}{# <think> #
 /// The id of `[TOOL_CALLS]`, which is a special token.
 const TOOL_CALLS: u32 = 258;
 
-fn server(template: &str, answer: &[u32]) -> Server {
+fn setup(template: &str, answer: &[u32]) -> Setup {
     let mut setup = Setup::says_tokens(answer.to_vec());
     setup.text = tiny::with_template(&format!("{{{{ messages[0].content }}}}\n{template}"));
-    setup.start()
+    setup
+}
+
+fn server(template: &str, answer: &[u32]) -> Server {
+    setup(template, answer).start()
 }
 
 fn bytes(text: &str) -> Vec<u32> {
@@ -52,7 +58,7 @@ fn ask(server: &Server, more: Value) -> (Value, Value) {
     let message = &choice["message"];
     assert_eq!(message["content"].as_str().unwrap_or_default(), content);
     assert_eq!(message["reasoning_content"].as_str().unwrap_or_default(), reasoning);
-    assert_eq!(without_ids(&message["tool_calls"]), without_ids(&Value::from(calls)));
+    assert_eq!(as_written(&message["tool_calls"]), as_written(&Value::from(calls)));
     let last = events.last().unwrap();
     assert_eq!(last["choices"][0]["finish_reason"], choice["finish_reason"]);
     server.settle();
@@ -63,30 +69,39 @@ fn ask(server: &Server, more: Value) -> (Value, Value) {
 fn gather(calls: &mut Vec<Value>, piece: &Value) {
     let index = piece["index"].as_u64().unwrap() as usize;
     if index == calls.len() {
-        assert!(piece["function"]["name"].is_string(), "{piece}");
-        assert_eq!(piece["type"], "function");
+        assert!(piece["id"].is_string() && piece["function"]["name"].is_string(), "{piece}");
+        assert_eq!(
+            (&piece["type"], &piece["function"]["arguments"]),
+            (&json!("function"), &json!(""))
+        );
         let mut call = piece.clone();
         call.as_object_mut().unwrap().remove("index");
         return calls.push(call);
     }
     assert!(piece.get("id").is_none() && piece["function"].get("name").is_none(), "{piece}");
+    assert_ne!(piece["function"]["arguments"], "");
     let begun = calls[index]["function"]["arguments"].as_str().unwrap();
     let arguments = begun.to_string() + piece["function"]["arguments"].as_str().unwrap();
     calls[index]["function"]["arguments"] = Value::from(arguments);
 }
 
-/// Ids are drawn anew for every answer: names and arguments alone.
-fn without_ids(calls: &Value) -> Vec<(String, Value)> {
+/// Names and arguments, byte for byte. Ids are drawn anew for every answer.
+fn as_written(calls: &Value) -> Vec<(String, String)> {
     let calls = calls.as_array().map(Vec::as_slice).unwrap_or_default();
     let parts = |call: &Value| {
         assert!(!call["id"].as_str().unwrap().is_empty());
         assert_eq!(call["type"], "function");
-        let function = &call["function"];
-        let arguments = function["arguments"].as_str().unwrap();
-        let arguments = serde_json::from_str(arguments).unwrap();
-        (function["name"].as_str().unwrap().to_string(), arguments)
+        let part = |name: &str| call["function"][name].as_str().unwrap().to_string();
+        (part("name"), part("arguments"))
     };
     calls.iter().map(parts).collect()
+}
+
+/// Names, and arguments as a client reads them.
+fn without_ids(calls: &Value) -> Vec<(String, Value)> {
+    let read =
+        |(name, arguments): (String, String)| (name, serde_json::from_str(&arguments).unwrap());
+    as_written(calls).into_iter().map(read).collect()
 }
 
 fn call(name: &str, arguments: Value) -> (String, Value) {
@@ -114,10 +129,46 @@ fn hermes_calls_follow_what_is_said() {
         assert_eq!(message["content"], text);
         assert!(message.get("tool_calls").is_none());
     }
-    // Cut in the middle of a call, it is no call.
-    let (message, reason) = ask(&server, json!({"max_tokens": 40}));
+    // Cut before its arguments begin, it is no call; cut behind that, it is one as far as it goes.
+    let begin = text.find("{\"city").unwrap();
+    let (message, reason) = ask(&server, json!({"max_tokens": begin}));
     assert_eq!(reason, "length");
-    assert_eq!(message["content"], text[..40]);
+    assert_eq!(message["content"], text[..begin]);
+    for len in [begin + 1, begin + 9] {
+        let (message, reason) = ask(&server, json!({"max_tokens": len}));
+        assert_eq!(reason, "length");
+        assert_eq!(message["content"], "Let me see.\n");
+        let arguments = text[begin..len].to_string();
+        assert_eq!(as_written(&message["tool_calls"]), [("weather".to_string(), arguments)]);
+    }
+}
+
+#[test]
+fn arguments_are_streamed_while_they_are_generated() {
+    let arguments = r#"{"city": "Rome", "days": [1, 2]}"#;
+    let object = |key: &str| format!(r#"{{"name": "weather", "{key}": {arguments}}}"#);
+    let open = || vec![TOOL_CALLS];
+    let texts = [
+        (HERMES, bytes(&format!("<tool_call>{}</tool_call>", object("arguments")))),
+        (LLAMA, bytes(&object("parameters"))),
+        (MISTRAL, [open(), bytes(&format!("[{}]", object("arguments")))].concat()),
+        (MISTRAL_ARGS, [open(), bytes(&format!("weather[ARGS]{arguments}"))].concat()),
+    ];
+    for (template, answer) in texts {
+        let mut setup = setup(template, &answer);
+        setup.engine.step_time.0 = Duration::from_millis(2);
+        let server = setup.start();
+        let (message, reason) = ask(&server, json!({}));
+        assert_eq!(reason, "tool_calls");
+        let expected = [("weather".to_string(), arguments.to_string())];
+        assert_eq!(as_written(&message["tool_calls"]), expected);
+        let body = request(json!({"stream": true})).to_string();
+        let events = server.post(CHAT, &body).events();
+        let pieces =
+            events.iter().filter(|event| !event["choices"][0]["delta"]["tool_calls"].is_null());
+        // A token each, but for those that a slow reader finds together.
+        assert!(pieces.count() > arguments.len() / 2, "{events:?}");
+    }
 }
 
 #[test]

@@ -12,9 +12,6 @@ use tokio::net::TcpSocket;
 
 use super::shell::{self, ShellArgs};
 
-/// Connections that may wait to be accepted.
-const BACKLOG: u32 = 1024;
-
 /// Serve a model over HTTP.
 #[derive(Args, Debug)]
 pub struct ServeArgs {
@@ -87,11 +84,12 @@ impl ServeArgs {
         scheduler.waiting_max = self.max_queued_requests;
         let model = Runtime::start_with(&self.runtime, scheduler)?;
         let threads = tokio::runtime::Builder::new_multi_thread()
+            .max_blocking_threads(minisgl_server::blocking_threads())
             .enable_all()
             .build()
             .context("starting the server's threads")?;
         let served = threads.block_on(async {
-            let listener = socket.listen(BACKLOG).context("listening")?;
+            let listener = minisgl_server::listen(socket).context("listening")?;
             let address = listener.local_addr().context("listening")?;
             eprintln!(
                 "{}\nReady after {:.2} s: http://{address} (documentation at /docs)",
@@ -112,7 +110,7 @@ impl ServeArgs {
         let addresses: Vec<SocketAddr> = addresses.with_context(|| named.clone())?.collect();
         let mut failure = anyhow!("there is no such address");
         for address in addresses {
-            match bind(address) {
+            match minisgl_server::bind(address) {
                 Ok(socket) => return Ok(socket),
                 Err(error) => failure = anyhow!(error),
             }
@@ -136,15 +134,6 @@ impl ServeArgs {
             ..ServerOptions::default()
         }
     }
-}
-
-fn bind(address: SocketAddr) -> std::io::Result<TcpSocket> {
-    let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
-    // A server that was just restarted gets its port back; elsewhere this would share the port.
-    #[cfg(unix)]
-    socket.set_reuseaddr(true)?;
-    socket.bind(address)?;
-    Ok(socket)
 }
 
 /// A connection is a file, and shells allow few of them for want of knowing better.

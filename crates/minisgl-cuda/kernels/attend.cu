@@ -1,0 +1,293 @@
+// The attention half of a layer for up to 8 rows of one token each, in one kernel; see `half_layer.cuh`.
+//
+// A cluster has a KV head with its group of query heads: Q, K and V of all rows, their rotation, K and V
+// into the cache, attention, and the head's part of the output projection. The tiles of all rows' contexts,
+// behind one another, are divided evenly between its blocks. A block sends what it summed for a row to the
+// blocks that this row's dimensions are shared out to; those merge them and send the result to all.
+//
+// In shared memory: `stages` tiles on their way; the block's rows of the first matrix and of the second; the
+// normed rows, and later, in the same place, [CLUSTER][own dimensions] sums, [CLUSTER][ROWS · group] tops and
+// the attended rows; q, k and v of all rows; one row's rotated q; sums.
+
+// Tiles of a block: FIRST of its rows of the first matrix, and SECOND of the second. GROUP query heads a
+// KV head.
+#define STAGES_MAX 24
+#define QKV ((GROUP + 2) * DIM)
+
+struct Args {
+    Residual residual;
+    const bf16 *qkv; const float *bias; const bf16 *out; float *part;
+    bf16 *k_pages; bf16 *v_pages;
+    const int *slots; const int *kv_len; const int *page_table; const int *store_at;
+    const float *rope; const float *q_norm; const float *k_norm;
+    int kv_heads, pages_a_row, page_shift, stages, early;
+    float q_eps, q_shift, k_eps, k_shift;
+    Scores scores;
+};
+
+// A step's rows as tiles behind one another, and this block's of them.
+struct Work {
+    int lens[ROWS], before[ROWS + 1], slots[ROWS];
+    int rows, share, from, to, window;
+
+    __device__ __forceinline__ int row_at(int tile) const {
+        int row = 0;
+        while (row + 1 < rows && before[row + 1] <= tile) row++;
+        return row;
+    }
+    __device__ __forceinline__ int first_seen(int row) const { return window > 0 ? max(0, lens[row] - window) / TILE : 0; }
+    __device__ __forceinline__ bool is_empty(int row) const { return before[row] == before[row + 1]; }
+    // The blocks that have tiles of a row.
+    __device__ __forceinline__ int first_block(int row) const { return before[row] / share; }
+    __device__ __forceinline__ int last_block(int row) const { return (before[row + 1] - 1) / share; }
+};
+
+__device__ __forceinline__ void divide(const Args &a, int rank, Work &work) {
+    int tiles = 0;
+    work.rows = a.residual.rows, work.window = a.scores.window;
+    for (int row = 0; row < work.rows; row++) {
+        work.lens[row] = a.kv_len[row], work.slots[row] = a.slots[row];
+        work.before[row] = tiles;
+        tiles += (work.lens[row] + TILE - 1) / TILE - work.first_seen(row);
+    }
+    work.before[work.rows] = tiles;
+    // So few blocks that each warp of theirs has a tile.
+    work.share = max(WARPS, (tiles + CLUSTER - 1) / CLUSTER);
+    work.from = min(tiles, rank * work.share), work.to = min(tiles, work.from + work.share);
+}
+
+// Row of the cache at which the tile begins.
+__device__ __forceinline__ int find(const Args &a, const Work &work, int tile, int kv_head) {
+    if (tile >= work.to) return 0;
+    int row = work.row_at(tile), token = (work.first_seen(row) + tile - work.before[row]) * TILE;
+    int page = a.page_table[(long long)work.slots[row] * a.pages_a_row + (token >> a.page_shift)];
+    return (page * a.kv_heads + kv_head << a.page_shift) + (token & (1 << a.page_shift) - 1);
+}
+
+struct Ring {
+    u32 memory, full, free;
+    int stages;
+    __device__ __forceinline__ u32 tile(int i) const { return memory + i % stages * STAGE_BYTES; }
+    __device__ __forceinline__ u32 full_at(int i) const { return full + i % stages * 8; }
+    __device__ __forceinline__ u32 free_at(int i) const { return free + i % stages * 8; }
+    __device__ __forceinline__ u32 parity(int i) const { return i / stages & 1; }
+};
+
+__device__ __forceinline__ void fetch_tiles(const Args &a, const Work &work, const TensorMap &k_map, const TensorMap &v_map, const Ring &ring, int kv_head) {
+    int lane = threadIdx.x & 31, count = work.to - work.from, next = find(a, work, work.from + lane, kv_head);
+    for (int first = 0; first < count; first += 32) {
+        int now = next;
+        next = find(a, work, work.from + first + 32 + lane, kv_head);
+        for (int i = first; i < min(first + 32, count); i++) {
+            int y = __shfl_sync(~0u, now, i - first);
+            if (lane > 0) continue;
+            barrier_wait(ring.free_at(i), ring.parity(i) ^ 1);
+            barrier_expect(ring.full_at(i), STAGE_BYTES);
+            fetch_parts(ring.tile(i), k_map, ring.full_at(i), y);
+            fetch_parts(ring.tile(i) + MATRIX_BYTES, v_map, ring.full_at(i), y);
+        }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
+attend(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map, const Args a) {
+    extern __shared__ unsigned char unaligned[];
+    __shared__ u64 barriers[6 + 2 * STAGES_MAX];
+    __shared__ float2 tops[WARPS][16];
+    __shared__ Work work;
+    let_next_start();
+    const Residual &r = a.residual;
+    u32 aligned = (shared_address(unaligned) + 1023) / 1024 * 1024;
+    unsigned char *memory = unaligned + (aligned - shared_address(unaligned));
+    Block b = {memory, aligned, cluster_rank(), int(blockIdx.x) / CLUSTER};
+    int warp = threadIdx.x / 32, lane = threadIdx.x & 31, kv_head = b.cluster;
+    // A row's own dimensions in all heads of the group, over all rows, are shared out evenly.
+    int own = r.rows * GROUP * DIM / CLUSTER;
+    int first = a.stages * STAGE_BYTES, second = first + FIRST * 16 * STRIDE(r.hidden);
+    int x = second + SECOND * 16 * STRIDE(GROUP * DIM);
+    int parts = x, part_tops = parts + ROWS * GROUP * DIM * 4, attended = part_tops + CLUSTER * ROWS * GROUP * 16;
+    int squares = max(x + ROWS * STRIDE(r.hidden), attended + ROWS * STRIDE(GROUP * DIM));
+    int raw = squares + ROWS * CLUSTER * 4, q = raw + ROWS * QKV * 2, sums = q + 8 * HALVES * Q_STRIDE * 2;
+    u32 bars = shared_address(barriers), first_here = bars, second_here = bars + 8, residual_here = bars + 16;
+    u32 raw_here = bars + 24, parts_here = bars + 32, attended_here = bars + 40;
+    Ring ring = {aligned, bars + 48, bars + 48 + 8 * u32(a.stages), a.stages};
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < 6; i++) barrier_init(bars + 8 * i, 1);
+        for (int i = 0; i < a.stages; i++) barrier_init(ring.full + 8 * i, 1), barrier_init(ring.free + 8 * i, 1);
+        publish_barriers();
+        barrier_expect(residual_here, residual_bytes(r));
+        barrier_expect(raw_here, r.rows * (CLUSTER - 1) * FIRST * 16 * 2);
+        barrier_expect(attended_here, (CLUSTER - 1) * own * 2);
+    }
+    for (int i = threadIdx.x; i < 8 * HALVES * Q_STRIDE / 2; i += blockDim.x) ((u32 *)(memory + q))[i] = 0;
+    __syncthreads();
+    cluster_arrive();
+    if (warp == WARPS) {
+        fetch_rows(b.at(first), first_here, FIRST * 16, r.hidden, [&](int i) {
+            int column = b.rank * FIRST * 16 + i, head = column / DIM, q_heads = a.kv_heads * GROUP;
+            int n = head < GROUP ? kv_head * GROUP + head : q_heads + (head - GROUP) * a.kv_heads + kv_head;
+            return a.qkv + ((long long)n * DIM + column % DIM) * r.hidden;
+        });
+        fetch_rows(b.at(second), second_here, SECOND * 16, GROUP * DIM, [&](int i) {
+            return a.out + ((long long)(b.rank * SECOND * 16 + i) * a.kv_heads + kv_head) * (GROUP * DIM);
+        });
+        cluster_wait();
+        // In a graph, page table and lengths are older than all its kernels, and so are earlier tokens.
+        if (!a.early) wait_for_previous();
+        if (lane == 0) {
+            divide(a, b.rank, work);
+            // What others will send of the rows that this block has a share of.
+            u32 bytes = 0;
+            for (int row = 0; row < r.rows; row++) {
+                if (work.is_empty(row)) continue;
+                int senders = work.last_block(row) - work.first_block(row) + 1;
+                if (work.first_block(row) <= b.rank && b.rank <= work.last_block(row)) senders--;
+                for (int head = row * GROUP; head < (row + 1) * GROUP; head++) {
+                    int values = min((head + 1) * DIM, (b.rank + 1) * own) - max(head * DIM, b.rank * own);
+                    if (values > 0) bytes += senders * (values * 4 + 16);
+                }
+            }
+            barrier_expect(parts_here, bytes);
+        }
+        named_barrier(2, THREADS + 32);
+        fetch_tiles(a, work, k_map, v_map, ring, kv_head);
+        wait_for_previous();
+        return;
+    }
+    cluster_wait();
+    wait_for_previous();
+
+    share_residual(b, r, x, squares, residual_here);
+    barrier_wait(first_here, 0);
+    barrier_wait_for_cluster(residual_here, 0);
+    float *all_sums = (float *)(memory + sums);
+    multiply<FIRST>(memory + first, memory + x, r.hidden, all_sums);
+    bf16 *qkv = (bf16 *)(memory + raw);
+    for (int i = threadIdx.x; i < r.rows * FIRST * 8; i += THREADS) {
+        int row = i / (FIRST * 8), m = i % (FIRST * 8) * 2, column = b.rank * FIRST * 16 + m;
+        float factor = norm_factor(r, (const float *)(memory + squares), row);
+        float low = total<FIRST>(all_sums, row, m) * factor, high = total<FIRST>(all_sums, row, m + 1) * factor;
+        if (a.bias) {
+            int head = column / DIM, q_heads = a.kv_heads * GROUP;
+            int n = head < GROUP ? kv_head * GROUP + head : q_heads + (head - GROUP) * a.kv_heads + kv_head;
+            low += a.bias[n * DIM + column % DIM], high += a.bias[n * DIM + column % DIM + 1];
+        }
+        *(u32 *)(qkv + row * QKV + column) = pack(low, high);
+    }
+    send_to_all(b, r.rows * FIRST * 2, raw_here, [&](int piece) {
+        return raw + (piece / (FIRST * 2) * QKV + b.rank * FIRST * 16) * 2 + piece % (FIRST * 2) * 16;
+    });
+    named_barrier(2, THREADS + 32);
+    barrier_wait_for_cluster(raw_here, 0);
+
+    float scale = (a.scores.soft_cap > 0.f ? 1.f : a.scores.scale) * 1.4426950408889634f;
+    for (int tile = work.from; tile < work.to;) {
+        int row = work.row_at(tile), end = min(work.to, work.before[row + 1]), kv_len = work.lens[row];
+        const float *angles = a.rope + (long long)(kv_len - 1) * DIM;
+        bf16 *rotated = (bf16 *)(memory + q);
+        for (int i = warp; i < GROUP; i += WARPS) {
+            Head head;
+            head.read(qkv + row * QKV + i * DIM, a.q_norm, a.q_eps, a.q_shift, angles);
+#pragma unroll
+            for (int j = 0; j < PAIRS_A_LANE; j++) {
+                if (!Head::holds(j)) continue;
+                uint2 pair = head.rotated(j);
+                *(u32 *)(rotated + i * Q_STRIDE + Head::index(j)) = pair.x;
+                *(u32 *)(rotated + i * Q_STRIDE + Head::index(j) + DIM / 2) = pair.y;
+            }
+        }
+        named_barrier(1, THREADS);
+        Queries queries;
+        queries.load(rotated);
+        Sums mine;
+        mine.clear();
+        for (int i = tile - work.from + (warp - (tile - work.from) & WARPS - 1); i < end - work.from; i += WARPS) {
+            int inside = work.from + i - work.before[row];
+            barrier_wait(ring.full_at(i), ring.parity(i));
+            if (work.from + i == work.before[row + 1] - 1) {
+                int slot = a.store_at[row];
+                long long to = (((long long)(slot >> a.page_shift) * a.kv_heads + kv_head << a.page_shift) + (slot & (1 << a.page_shift) - 1)) * DIM;
+                const bf16 *k = qkv + row * QKV + GROUP * DIM;
+                NewToken token = {k, k + DIM, slot < 0 ? nullptr : a.k_pages + to, a.v_pages + to, a.k_norm, angles, a.k_eps, a.k_shift};
+                add_token(token, (kv_len - 1) % TILE, ring.tile(i));
+            }
+            mine.add(a.scores, kv_len, (work.first_seen(row) + inside) * TILE, ring.tile(i), queries);
+            __syncwarp();
+            if (lane == 0) barrier_arrive(ring.free_at(i));
+        }
+#pragma unroll
+        for (int h = 0; h < HALVES; h++) {
+            int head = lane / 4 + 8 * h, t = lane & 3;
+            float sum = mine.sum[h];
+            sum += __shfl_xor_sync(~0u, sum, 1);
+            sum += __shfl_xor_sync(~0u, sum, 2);
+            if (head >= GROUP) continue;
+            if (t == 0) tops[warp][head] = make_float2(mine.top[h] * scale, sum);
+            float *to = all_sums + (warp * GROUP + head) * SUMS_STRIDE + 2 * t;
+#pragma unroll
+            for (int j = 0; j < DIM / 8; j++) *(float2 *)(to + 8 * j) = make_float2(mine.o[j][2 * h], mine.o[j][2 * h + 1]);
+        }
+        named_barrier(1, THREADS);
+        // The warps' sums become the block's, and go to where these dimensions are merged.
+        for (int i = threadIdx.x; i < GROUP * DIM / 4; i += THREADS) {
+            int head = i * 4 / DIM, value = (row * GROUP) * DIM + i * 4, to = value / own;
+            float best = -infinity(), weight = 0.f;
+            float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll
+            for (int w = 0; w < WARPS; w++) best = fmaxf(best, tops[w][head].x);
+#pragma unroll
+            for (int w = 0; w < WARPS; w++) {
+                float factor = power_of_2(tops[w][head].x - best);
+                float4 more = *(const float4 *)(all_sums + (w * GROUP + head) * SUMS_STRIDE + i * 4 % DIM);
+                weight += factor * tops[w][head].y;
+                sum.x += factor * more.x, sum.y += factor * more.y, sum.z += factor * more.z, sum.w += factor * more.w;
+            }
+            int at = parts + (b.rank * own + value % own) * 4;
+            if (to == b.rank) *(float4 *)(memory + at) = sum;
+            else send(address_in(b.at(at), to), address_in(parts_here, to), sum.x, sum.y, sum.z, sum.w);
+            // With a head's first values there, its best score and sum of weights.
+            if (i * 4 % DIM == 0 || value % own == 0) {
+                at = part_tops + (b.rank * ROWS * GROUP + row * GROUP + head) * 16;
+                if (to == b.rank) *(float4 *)(memory + at) = make_float4(best, weight, 0.f, 0.f);
+                else send(address_in(b.at(at), to), address_in(parts_here, to), best, weight, 0.f, 0.f);
+            }
+        }
+        tile = end;
+        // `rotated` and the sums are written anew.
+        named_barrier(1, THREADS);
+    }
+
+    named_barrier(1, THREADS);
+    barrier_wait_for_cluster(parts_here, 0);
+    for (int i = threadIdx.x; i < own / 2; i += THREADS) {
+        int value = b.rank * own + 2 * i, head = value / DIM, row = head / GROUP;
+        float best = -infinity(), weight = 0.f, low = 0.f, high = 0.f;
+        int from = 0, to = -1;
+        if (!work.is_empty(row)) from = work.first_block(row), to = work.last_block(row);
+        float2 top[CLUSTER], more[CLUSTER];
+#pragma unroll
+        for (int s = 0; s < CLUSTER; s++) {
+            top[s] = make_float2(-infinity(), 0.f), more[s] = make_float2(0.f, 0.f);
+            if (s < from || s > to) continue;
+            top[s] = *(const float2 *)(memory + part_tops + (s * ROWS * GROUP + head) * 16);
+            more[s] = *(const float2 *)(memory + parts + (s * own + 2 * i) * 4);
+            best = fmaxf(best, top[s].x);
+        }
+#pragma unroll
+        for (int s = 0; s < CLUSTER; s++) {
+            if (s < from || s > to) continue;
+            float factor = power_of_2(top[s].x - best);
+            weight += factor * top[s].y, low += factor * more[s].x, high += factor * more[s].y;
+        }
+        // A row of padding has attended to nothing.
+        float share = to < 0 ? 0.f : 1.f / weight;
+        *(u32 *)(memory + attended + row * STRIDE(GROUP * DIM) + value % (GROUP * DIM) * 2) = pack(low * share, high * share);
+    }
+    send_to_all(b, own / 8, attended_here, [&](int piece) {
+        int value = b.rank * own + piece * 8;
+        return attended + value / (GROUP * DIM) * STRIDE(GROUP * DIM) + value % (GROUP * DIM) * 2;
+    });
+    barrier_wait(second_here, 0);
+    barrier_wait_for_cluster(attended_here, 0);
+    add_later<SECOND>(b, r, memory + second, memory + attended, GROUP * DIM, all_sums, a.part);
+}
