@@ -2,7 +2,7 @@
 //! of Qwen3-0.6B's and Qwen3-14B's shapes on random weights: `decode_step [0.6b] [14b]
 //! [BATCH ...] [narrow] [halves:BLOCKS ...]`; `narrow` switches `kernels/narrow.cu` on, `halves` adds
 //! the step as two halves side by side, where attention has so many blocks. Up to 8 rows are timed with
-//! half a layer in one kernel, too.
+//! half a layer in one kernel, too. `ahead:MIB` sends for so much of the next product's weights.
 #![expect(clippy::print_stdout, reason = "this program's output is its table")]
 
 use std::sync::Arc;
@@ -93,6 +93,9 @@ fn main() -> Result<()> {
     let mut batches: Vec<usize> = wanted.iter().filter_map(|w| w.parse().ok()).collect();
     let blocks = wanted.iter().filter_map(|w| w.strip_prefix("halves:"));
     let halves: Vec<usize> = blocks.filter_map(|blocks| blocks.parse().ok()).collect();
+    if let Some(mib) = wanted.iter().find_map(|w| w.strip_prefix("ahead:")?.parse::<usize>().ok()) {
+        b.set_weights_ahead(mib << 20);
+    }
     let prefill = batches.is_empty();
     if prefill {
         batches = vec![1, 8, 16, 32, 64, 128, 256];

@@ -13,6 +13,7 @@ use minisgl_tensor::{
     Tensor, Weight,
 };
 
+use crate::ahead::{Ahead, Next};
 use crate::choice::AttentionKernels;
 use crate::device::{Arg, Device, Function, Launch, args, driver, fail};
 use crate::fault::Fault;
@@ -53,6 +54,7 @@ pub struct CudaBackend {
     pub(crate) exact: bool,
     pub(crate) attention: AttentionKernels,
     pub(crate) fault: Option<Fault>,
+    pub(crate) ahead: Ahead,
     /// By lane and name.
     scratch: Mutex<HashMap<(usize, &'static str), Vec<Tensor>>>,
     products: Mutex<Products>,
@@ -88,6 +90,10 @@ impl CudaBackend {
         // What is not the default before it has been seen to gain on a card: docs/open.md.
         let wanted = std::env::var("MINISGL_CUDA_TRY").unwrap_or_default();
         let tries = |name: &str| wanted.split(',').any(|wanted| wanted == name);
+        let ahead = Ahead::default();
+        if tries("ahead") {
+            ahead.set_bytes_max(16 << 20);
+        }
         tracing::info!(seconds = started.elapsed().as_secs_f64(), "staging memory is there");
         Ok(Self {
             gemm,
@@ -97,6 +103,7 @@ impl CudaBackend {
             exact,
             attention: AttentionKernels::default(),
             fault: Fault::from_environment(),
+            ahead,
             scratch: Mutex::default(),
             products: Mutex::new(if tries("narrow") { Products::Narrow } else { Products::Few }),
             fuses: AtomicBool::new(tries("fused")),
@@ -160,6 +167,24 @@ impl CudaBackend {
     /// Whether decode steps of up to 8 rows take half a layer in one kernel, where it fits.
     pub fn set_fused_layers(&self, on: bool) {
         self.fuses.store(on, Ordering::Relaxed);
+    }
+
+    /// `rms_norm`, while what comes next is sent for.
+    pub(crate) fn norm(&self, x: &Tensor, norm: &Norm, next: Next, out: &Tensor) -> Result<()> {
+        let (weight, eps, shift) = norm_args(Some(norm));
+        let threads = (x.row_len() / 8).next_multiple_of(32).clamp(32, 512);
+        let Next { weights, bytes, blocks } = next;
+        self.simple(
+            "rms_norm",
+            Launch::new(x.dim(0) + blocks, threads),
+            args![x, weight, eps, shift, x.row_len(), out, weights, bytes, blocks],
+        )
+    }
+
+    /// Sends for so many bytes of the weights of a product while a kernel in front of it leaves the
+    /// memory idle; 0 for none.
+    pub fn set_weights_ahead(&self, bytes: usize) {
+        self.ahead.set_bytes_max(bytes);
     }
 
     /// How many halves of layers have been launched as one kernel so far.
@@ -348,13 +373,7 @@ impl Backend for CudaBackend {
 
     fn rms_norm(&self, x: &Tensor, norm: &Norm, out: &Tensor) -> Result<()> {
         self.settle()?;
-        let (weight, eps, shift) = norm_args(Some(norm));
-        let threads = (x.row_len() / 8).next_multiple_of(32).clamp(32, 512);
-        self.simple(
-            "rms_norm",
-            Launch::new(x.dim(0), threads),
-            args![x, weight, eps, shift, x.row_len(), out],
-        )
+        self.norm(x, norm, Next::default(), out)
     }
 
     fn attention_layer(&self, args: &AttentionLayer<'_>, hidden: &Tensor) -> Result<()> {
@@ -362,7 +381,13 @@ impl Backend for CudaBackend {
     }
 
     fn mlp(&self, args: &Mlp<'_>, hidden: &Tensor) -> Result<()> {
-        if self.fused_mlp_op(args, hidden)? { Ok(()) } else { args.in_parts(self, hidden) }
+        if self.fused_mlp_op(args, hidden)? {
+            return Ok(());
+        }
+        self.ahead.set_after_gate(Some(tensor(args.down).clone()));
+        let outcome = args.in_parts(self, hidden);
+        self.ahead.set_after_gate(None);
+        outcome
     }
 
     fn linear(&self, args: &Linear<'_>, out: &Tensor) -> Result<()> {
