@@ -42,18 +42,43 @@ struct Work {
     __device__ __forceinline__ int last_block(int row) const { return (before[row + 1] - 1) / share; }
 };
 
+// Fills it. A whole warp, a lane a row.
 __device__ __forceinline__ void divide(const Args &a, int rank, Work &work) {
-    int tiles = 0;
-    work.rows = a.residual.rows, work.window = a.scores.window;
-    for (int row = 0; row < work.rows; row++) {
-        work.lens[row] = a.kv_len[row], work.slots[row] = a.slots[row];
-        work.before[row] = tiles;
-        tiles += (work.lens[row] + TILE - 1) / TILE - work.first_seen(row);
+    int lane = threadIdx.x & 31, rows = a.residual.rows, window = a.scores.window, len = 0, slot = 0;
+    if (lane < rows) len = a.kv_len[lane], slot = a.slots[lane];
+    int tiles = (len + TILE - 1) / TILE - (window > 0 ? max(0, len - window) / TILE : 0), sum = tiles;
+#pragma unroll
+    for (int i = 1; i < ROWS; i *= 2) {
+        int other = __shfl_up_sync(~0u, sum, i);
+        if (lane >= i) sum += other;
     }
-    work.before[work.rows] = tiles;
-    // So few blocks that each warp of theirs has a tile.
-    work.share = max(WARPS, (tiles + CLUSTER - 1) / CLUSTER);
-    work.from = min(tiles, rank * work.share), work.to = min(tiles, work.from + work.share);
+    int all = __shfl_sync(~0u, sum, rows - 1);
+    if (lane < rows) work.lens[lane] = len, work.slots[lane] = slot, work.before[lane] = sum - tiles;
+    if (lane == 0) {
+        work.before[rows] = all, work.rows = rows, work.window = window;
+        // So few blocks that each warp of theirs has a tile.
+        work.share = max(WARPS, (all + CLUSTER - 1) / CLUSTER);
+        work.from = min(all, rank * work.share), work.to = min(all, work.from + work.share);
+    }
+    __syncwarp();
+}
+
+// What other blocks will send of the rows that this one has a share of, `own` dimensions, in bytes. A whole
+// warp, a lane a row.
+__device__ __forceinline__ int parts_bytes(const Work &work, int rank, int own) {
+    int row = threadIdx.x & 31, bytes = 0;
+    if (row < work.rows && !work.is_empty(row)) {
+        int senders = work.last_block(row) - work.first_block(row) + 1;
+        if (work.first_block(row) <= rank && rank <= work.last_block(row)) senders--;
+#pragma unroll
+        for (int i = 0; i < GROUP; i++) {
+            int head = row * GROUP + i, values = min((head + 1) * DIM, (rank + 1) * own) - max(head * DIM, rank * own);
+            if (values > 0) bytes += senders * (values * 4 + 16);
+        }
+    }
+#pragma unroll
+    for (int i = ROWS / 2; i; i /= 2) bytes += __shfl_xor_sync(~0u, bytes, i);
+    return bytes;
 }
 
 // Row of the cache at which the tile begins.
@@ -134,21 +159,10 @@ attend(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
         cluster_wait();
         // In a graph, page table and lengths are older than all its kernels, and so are earlier tokens.
         if (!a.early) wait_for_previous();
-        if (lane == 0) {
-            divide(a, b.rank, work);
-            // What others will send of the rows that this block has a share of.
-            u32 bytes = 0;
-            for (int row = 0; row < r.rows; row++) {
-                if (work.is_empty(row)) continue;
-                int senders = work.last_block(row) - work.first_block(row) + 1;
-                if (work.first_block(row) <= b.rank && b.rank <= work.last_block(row)) senders--;
-                for (int head = row * GROUP; head < (row + 1) * GROUP; head++) {
-                    int values = min((head + 1) * DIM, (b.rank + 1) * own) - max(head * DIM, b.rank * own);
-                    if (values > 0) bytes += senders * (values * 4 + 16);
-                }
-            }
-            barrier_expect(parts_here, bytes);
-        }
+        divide(a, b.rank, work);
+        int bytes = parts_bytes(work, b.rank, own);
+        if (lane == 0) barrier_expect(parts_here, bytes);
+        __syncwarp();
         named_barrier(2, THREADS + 32);
         fetch_tiles(a, work, k_map, v_map, ring, kv_head);
         wait_for_previous();
