@@ -10,7 +10,9 @@ fn main() -> ExitCode {
     set_up_nccl();
     let cli = cli::Cli::from_args();
     let filter = EnvFilter::try_from_env("MINISGL_LOG").unwrap_or_else(|_| EnvFilter::new("warn"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    // Complaining about a note that cannot be written would panic where nobody reads the notes.
+    let notes = tracing_subscriber::fmt().log_internal_errors(false);
+    notes.with_env_filter(filter).with_writer(std::io::stderr).init();
     match cli.run() {
         Ok(()) => ExitCode::SUCCESS,
         // Whoever read our output has seen enough, as in `minisgl … | head`.

@@ -36,7 +36,7 @@ impl<'de> Deserialize<'de> for OneOrMany {
             }
 
             fn visit_seq<A: SeqAccess<'de>>(self, seq: A) -> Result<OneOrMany, A::Error> {
-                collect(seq, LISTED_MAX).map(OneOrMany)
+                collect(seq, Vec::new(), LISTED_MAX).map(OneOrMany)
             }
         }
 
@@ -92,14 +92,12 @@ impl<'de> Visitor<'de> for PromptsVisitor {
         // What the first one is, the others must be.
         match seq.next_element::<Element>()? {
             None => Ok(Prompts::Texts(Vec::new())),
-            Some(Element::Text(first)) => {
-                collect_behind(first, seq, LISTED_MAX).map(Prompts::Texts)
-            }
+            Some(Element::Text(first)) => collect(seq, vec![first], LISTED_MAX).map(Prompts::Texts),
             Some(Element::Tokens(first)) => {
-                collect_behind(first, seq, LISTED_MAX).map(Prompts::TokenLists)
+                collect(seq, vec![first], LISTED_MAX).map(Prompts::TokenLists)
             }
             Some(Element::Token(first)) => {
-                collect_behind(first, seq, usize::MAX).map(Prompts::Tokens)
+                collect(seq, vec![first], usize::MAX).map(Prompts::Tokens)
             }
         }
     }
@@ -137,7 +135,7 @@ impl<'de> Deserialize<'de> for Element {
             }
 
             fn visit_seq<A: SeqAccess<'de>>(self, seq: A) -> Result<Element, A::Error> {
-                collect(seq, usize::MAX).map(Element::Tokens)
+                collect(seq, Vec::new(), usize::MAX).map(Element::Tokens)
             }
         }
 
@@ -149,27 +147,18 @@ fn no_token(id: impl fmt::Display) -> String {
     format!("{id} is not a token id")
 }
 
+/// The elements of a list, behind those that were read already.
 fn collect<'de, T: Deserialize<'de>, A: SeqAccess<'de>>(
     mut seq: A,
+    mut all: Vec<T>,
     len_max: usize,
 ) -> Result<Vec<T>, A::Error> {
-    let mut all = Vec::new();
     while let Some(next) = seq.next_element()? {
         if all.len() == len_max {
             return Err(de::Error::custom(format!("more than {len_max} are too many")));
         }
         all.push(next);
     }
-    Ok(all)
-}
-
-fn collect_behind<'de, T: Deserialize<'de>, A: SeqAccess<'de>>(
-    first: T,
-    seq: A,
-    len_max: usize,
-) -> Result<Vec<T>, A::Error> {
-    let mut all = vec![first];
-    all.append(&mut collect(seq, len_max - 1)?);
     Ok(all)
 }
 

@@ -25,7 +25,7 @@ pub struct Server {
 }
 
 impl Server {
-    /// Waits until it is ready.
+    /// Waits until it is ready; from there on, nobody reads its notes.
     pub fn start(args: &[&str]) -> Self {
         let mut child = start(&[&["--port", "0"], args].concat());
         let mut notes = BufReader::new(child.stderr.take().unwrap());
