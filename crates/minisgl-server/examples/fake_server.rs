@@ -13,7 +13,7 @@ use anyhow::Result;
 use clap::Parser;
 use minisgl_frontend::{Frontend, FrontendOptions};
 use minisgl_scheduler::fake::{FakeEngine, FakeOptions, NextToken};
-use minisgl_server::{ServerOptions, bind, listen, serve};
+use minisgl_server::{ServerOptions, bind, listen, serve, signals};
 
 /// The server on an engine without a model. A token is a byte of text.
 #[derive(Parser)]
@@ -70,8 +70,9 @@ async fn main() -> Result<()> {
     options.scheduler.waiting_max = args.max_queued_requests;
     let frontend = Frontend::start(FakeEngine::new(engine), text, options)?;
     let listener = listen(bind((Ipv4Addr::LOCALHOST, args.port).into())?)?;
+    let signals = signals()?;
     eprintln!("Ready: http://{}", listener.local_addr()?);
     let names = vec!["tiny".to_string()];
-    serve(frontend, ServerOptions { model_names: names, ..ServerOptions::default() }, listener)
-        .await
+    let options = ServerOptions { model_names: names, ..ServerOptions::default() };
+    serve(frontend, options, listener, signals).await
 }

@@ -36,4 +36,4 @@ pub use app::blocking_threads;
 pub use in_process::InProcess;
 pub use listener::{bind, listen};
 pub use options::ServerOptions;
-pub use serve::{serve, serve_until};
+pub use serve::{serve, signals};

@@ -30,26 +30,13 @@ const HEALTH_POLL: Duration = Duration::from_millis(100);
 /// How long clients may take over the last bytes when the server ends.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 
-/// Serves until SIGTERM or SIGINT: then requests that run may finish within
+/// Serves until something comes from `signals`: then requests that run may finish within
 /// `options.drain_timeout`, and new ones get 503. A second signal ends at once. If the engine fails,
 /// serves errors for `options.failure_shown`, so that whoever watches `/health` sees why, and ends.
 ///
 /// # Errors
-/// If signals cannot be listened to, or the engine fails.
-pub async fn serve(
-    frontend: Frontend,
-    options: ServerOptions,
-    listener: TcpListener,
-) -> Result<()> {
-    let signals = signals().context("listening to signals")?;
-    serve_until(frontend, options, listener, signals).await
-}
-
-/// [`serve`], with signals that come from somewhere else.
-///
-/// # Errors
 /// If the engine fails.
-pub async fn serve_until(
+pub async fn serve(
     frontend: Frontend,
     options: ServerOptions,
     listener: TcpListener,
@@ -237,8 +224,12 @@ impl AsyncWrite for WriteTimeout {
     }
 }
 
-/// Something comes for each SIGTERM and SIGINT from now on.
-fn signals() -> io::Result<mpsc::Receiver<()>> {
+/// Something comes for each SIGTERM and SIGINT from now on, which end the process no more. Within a
+/// Tokio runtime.
+///
+/// # Errors
+/// If the system refuses.
+pub fn signals() -> io::Result<mpsc::Receiver<()>> {
     let (sender, signals) = mpsc::channel(2);
     #[cfg(unix)]
     {

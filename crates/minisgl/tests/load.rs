@@ -14,7 +14,7 @@ use minisgl::bench::load::{
 };
 use minisgl_frontend::{Frontend, FrontendOptions};
 use minisgl_scheduler::fake::{FakeEngine, FakeOptions, NextToken};
-use minisgl_server::{ServerOptions, serve_until};
+use minisgl_server::{ServerOptions, serve};
 use serde_json::Value;
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
@@ -34,7 +34,7 @@ async fn server() -> (String, mpsc::Sender<()>) {
     let (signals, received) = mpsc::channel(1);
     let names = vec!["tiny".to_string()];
     let options = ServerOptions { model_names: names, ..ServerOptions::default() };
-    tokio::spawn(serve_until(frontend, options, listener, received));
+    tokio::spawn(serve(frontend, options, listener, received));
     (url, signals)
 }
 

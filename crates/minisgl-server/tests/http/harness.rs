@@ -11,7 +11,7 @@ use minisgl_frontend::{Frontend, FrontendOptions};
 use minisgl_scheduler::SchedulerOptions;
 use minisgl_scheduler::engine::EngineLimits;
 use minisgl_scheduler::fake::{FakeEngine, FakeOptions, NextToken};
-use minisgl_server::{ServerOptions, bind, listen, serve_until};
+use minisgl_server::{ServerOptions, bind, listen, serve};
 use minisgl_text::TextModel;
 use serde_json::Value;
 use tokio::sync::mpsc;
@@ -88,7 +88,7 @@ impl Setup {
             runtime.block_on(async {
                 let listener = listen(bind("127.0.0.1:0".parse().unwrap()).unwrap()).unwrap();
                 address_sender.send(listener.local_addr().unwrap()).unwrap();
-                serve_until(served, self.server, listener, received).await
+                serve(served, self.server, listener, received).await
             })
         });
         let address = address.recv().unwrap();

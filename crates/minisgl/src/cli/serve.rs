@@ -91,13 +91,15 @@ impl ServeArgs {
         let served = threads.block_on(async {
             let listener = minisgl_server::listen(socket).context("listening")?;
             let address = listener.local_addr().context("listening")?;
+            // Before anybody is told that it runs: a signal must not find it half started.
+            let signals = minisgl_server::signals().context("listening to signals")?;
             eprintln!(
                 "{}\nReady after {:.2} s: http://{address} (documentation at /docs)",
                 shell::banner(&model),
                 started.elapsed().as_secs_f64()
             );
             let options = self.server_options(&model);
-            serve(model.frontend, options, listener).await
+            serve(model.frontend, options, listener, signals).await
         });
         // What still parses or encodes has nobody left to answer.
         threads.shutdown_background();
