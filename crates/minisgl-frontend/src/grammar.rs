@@ -5,8 +5,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
 use llguidance::api::{GrammarInit, TopLevelGrammar};
+use llguidance::earley::lexerspec::LexerSpec;
 use llguidance::toktrie::{TokRxInfo, TokTrie, TokenizerEnv};
-use llguidance::{Logger, Matcher, ParserFactory};
+use llguidance::{Matcher, ParserFactory};
 use minisgl_scheduler::message::Constraint;
 use minisgl_text::TextModel;
 use serde_json::{Value, json};
@@ -90,9 +91,14 @@ impl GrammarCompiler {
     }
 
     fn compile_here(&self, source: &GrammarSource) -> Result<Grammar, GrammarError> {
-        let grammar = source.parse()?;
-        self.check_first_bytes(grammar.clone()).map_err(GrammarError::new)?;
-        let mut matcher = Matcher::new(self.parsers.create_parser(grammar));
+        let Self { parsers, .. } = self;
+        let source = GrammarInit::Serialized(source.parse()?);
+        let vocabulary = Some(parsers.tok_env().clone());
+        let compiled = source.to_internal(vocabulary, parsers.limits().clone());
+        let (grammar, lexer) = compiled.map_err(GrammarError::new)?;
+        self.check_first_bytes(lexer.clone()).map_err(GrammarError::new)?;
+        let compiled = GrammarInit::Internal(grammar, lexer);
+        let mut matcher = Matcher::new(parsers.create_parser_from_init_default(compiled));
         // The first mask takes the most time, and shows that an answer can begin at all. Clones
         // have it.
         matcher.compute_mask_or_eos().map_err(GrammarError::new)?;
@@ -105,15 +111,10 @@ impl GrammarCompiler {
 
     /// Tries all first bytes, within a bound. Making a parser does the same without one, and takes
     /// hours over an integer that is a multiple of 99999999.
-    fn check_first_bytes(&self, grammar: TopLevelGrammar) -> anyhow::Result<()> {
-        let Self { parsers, .. } = self;
-        let mut limits = parsers.limits().clone();
-        let init = GrammarInit::Serialized(grammar);
-        let vocabulary = Some(parsers.tok_env().clone());
-        let mut quiet = Logger::new(0, 0);
-        let lexemes = parsers.extra_lexemes();
-        let grammar = init.to_cgrammar(vocabulary, &mut quiet, limits.clone(), lexemes)?;
-        let spec = grammar.lexer_spec();
+    fn check_first_bytes(&self, mut spec: LexerSpec) -> anyhow::Result<()> {
+        let mut limits = self.parsers.limits().clone();
+        // As making a parser does.
+        spec.add_extra_lexemes(&self.parsers.extra_lexemes());
         let mut lexer = spec.to_regex_vec(&mut limits)?;
         lexer.set_fuel(limits.initial_lexer_fuel);
         let start = lexer.initial_state(&spec.all_lexemes());

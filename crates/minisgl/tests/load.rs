@@ -14,9 +14,8 @@ use minisgl::bench::load::{
 };
 use minisgl_frontend::{Frontend, FrontendOptions};
 use minisgl_scheduler::fake::{FakeEngine, FakeOptions, NextToken};
-use minisgl_server::{ServerOptions, serve};
+use minisgl_server::{ServerOptions, bind, listen, serve};
 use serde_json::Value;
-use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 
 /// Serves until the sender is dropped with the test's runtime.
@@ -29,7 +28,7 @@ async fn server() -> (String, mpsc::Sender<()>) {
     options.step_time.0 = Duration::from_millis(1);
     let engine = FakeEngine::new(options);
     let frontend = Frontend::start(engine, tiny::text_model(), FrontendOptions::default()).unwrap();
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let listener = listen(bind("127.0.0.1:0".parse().unwrap()).unwrap()).unwrap();
     let url = format!("http://{}/v1", listener.local_addr().unwrap());
     let (signals, received) = mpsc::channel(1);
     let names = vec!["tiny".to_string()];
