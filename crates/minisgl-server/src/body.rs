@@ -7,6 +7,7 @@ use axum::body::{Body, HttpBody};
 use axum::extract::Request;
 use axum::http::{HeaderMap, StatusCode, header};
 use http_body_util::BodyExt;
+use minisgl_text::{JSON_VALUES_MAX, json_values};
 use serde::de::DeserializeOwned;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{Instant, timeout_at};
@@ -16,10 +17,6 @@ use crate::error::ApiError;
 
 /// A body that is not longer needs no room of its own: as many as there are connections fit.
 const SMALL_BYTES: usize = 64 << 10;
-
-/// Values that a request may have where they are kept as a tree: a byte of JSON can be a value that
-/// takes some 300.
-const TREE_VALUES_MAX: usize = 1 << 17;
 
 /// A body, and its room in what all bodies together may take.
 #[derive(Default)]
@@ -123,26 +120,15 @@ pub fn parse_tree<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
     parse(bytes)
 }
 
-/// Counts the values in JSON, which may be no JSON.
+/// Refuses text that would be too large a tree of values, if it is JSON.
 ///
 /// # Errors
-/// If there are more than may be kept.
-pub fn check_tree(bytes: &[u8]) -> Result<(), String> {
-    let (mut values, mut is_string, mut is_escaped) = (1, false, false);
-    for &byte in bytes {
-        match byte {
-            _ if is_escaped => is_escaped = false,
-            b'\\' => is_escaped = is_string,
-            b'"' => is_string = !is_string,
-            // Each value but the first of a list stands behind a comma.
-            b',' | b'[' | b'{' if !is_string => values += 1,
-            _ => {}
-        }
+/// Says so.
+pub fn check_tree(text: &[u8]) -> Result<(), String> {
+    match json_values(text) {
+        ..=JSON_VALUES_MAX => Ok(()),
+        values => Err(format!("{values} JSON values are too many; {JSON_VALUES_MAX} may be")),
     }
-    if values > TREE_VALUES_MAX {
-        return Err(format!("{values} JSON values are too many; {TREE_VALUES_MAX} may be"));
-    }
-    Ok(())
 }
 
 fn check_content_type(headers: &HeaderMap) -> Result<(), ApiError> {

@@ -9,6 +9,7 @@
 mod call_object;
 mod detokenizer;
 mod gguf_vocab;
+mod json_values;
 mod python;
 mod reasoning;
 mod stop;
@@ -19,6 +20,7 @@ mod tool_calls;
 
 pub use detokenizer::Detokenizer;
 pub use gguf_vocab::{GgufTokenType, GgufVocab};
+pub use json_values::{JSON_VALUES_MAX, json_values};
 pub use reasoning::{Part, ReasoningSplitter};
 pub use stop::{StopMatcher, StopOutcome};
 pub use template::{ChatRequest, ChatTemplate};

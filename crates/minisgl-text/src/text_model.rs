@@ -7,6 +7,7 @@ use anyhow::{Context, Result};
 use serde_json::{Map, Value};
 
 use crate::gguf_vocab::GgufVocab;
+use crate::json_values::{JSON_VALUES_MAX, json_values};
 use crate::template::{ChatRequest, ChatTemplate};
 use crate::tokenizer::{Special, Tokenizer};
 
@@ -193,6 +194,7 @@ impl TextModel {
 /// a content even where there are only tool calls, and their arguments as objects.
 fn as_templates_expect(request: &ChatRequest, takes_parts: bool) -> Result<ChatRequest, TextError> {
     let mut request = request.clone();
+    let mut values = 0;
     for (index, message) in request.messages.iter_mut().enumerate() {
         let Some(message) = message.as_object_mut() else {
             return Err(TextError::Chat(format!("messages[{index}] is no object")));
@@ -210,10 +212,15 @@ fn as_templates_expect(request: &ChatRequest, takes_parts: bool) -> Result<ChatR
         };
         for call in calls {
             let arguments = call.pointer_mut("/function/arguments");
-            if let Some(arguments) = arguments
-                && let Some(text) = arguments.as_str()
-                && let Ok(object @ Value::Object(_)) = serde_json::from_str(text)
-            {
+            let Some(arguments) = arguments else { continue };
+            let Some(text) = arguments.as_str() else { continue };
+            values += json_values(text.as_bytes());
+            if values > JSON_VALUES_MAX {
+                return Err(TextError::Chat(format!(
+                    "messages[{index}].tool_calls: more than {JSON_VALUES_MAX} JSON values are too many"
+                )));
+            }
+            if let Ok(object @ Value::Object(_)) = serde_json::from_str(text) {
                 *arguments = object;
             }
         }

@@ -173,14 +173,10 @@ impl ToolCallParser {
         let open = self.format.open();
         let found = self.held.find(open);
         let certain = found.unwrap_or(self.held.len() - beginning_at_end(&self.held, open));
-        let is_held = self.is_after_call || self.is_start && self.format == ToolFormat::Llama;
-        if certain > blank || !is_held {
-            self.give_content(certain, piece);
-        }
-        match self.held.find(open) {
-            Some(at) => self.open(at + open.len()),
-            None => false,
-        }
+        let holds_blank = self.is_after_call || self.is_start && self.format == ToolFormat::Llama;
+        let given = if certain == blank && holds_blank { 0 } else { certain };
+        self.give_content(given, piece);
+        found.is_some_and(|at| self.open(at - given + open.len()))
     }
 
     /// What is held is an opening of so many bytes, with a call to follow.
@@ -196,15 +192,14 @@ impl ToolCallParser {
     /// A model of either kind may write what it was trained on, whatever its template says.
     fn read_opened(&mut self) -> bool {
         let rest = self.held[self.scanned..].trim_start();
+        if rest.is_empty() {
+            self.state = State::Opened;
+            return false;
+        }
         self.is_list = rest.starts_with('[');
-        self.state = match rest {
-            "" => State::Opened,
-            _ if self.is_list => State::Object(CallObject::new()),
-            _ => State::Name,
-        };
-        let is_told = !rest.is_empty();
         self.scanned = self.held.len() - rest.len() + usize::from(self.is_list);
-        is_told
+        self.state = if self.is_list { State::Object(CallObject::new()) } else { State::Name };
+        true
     }
 
     fn read_name(&mut self, piece: &mut dyn FnMut(ToolPiece)) -> bool {

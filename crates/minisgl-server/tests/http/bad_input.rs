@@ -108,6 +108,16 @@ fn large_bodies_of_small_parts() {
                 400,
                 "messages",
             ),
+            (
+                CHAT,
+                format!(
+                    r#"{{"messages": [{{"role": "assistant", "tool_calls": [{{"function": {{
+                        "name": "f", "arguments": "{{\"a\": [{}1]}}"}}}}]}}]}}"#,
+                    fill("[],")
+                ),
+                400,
+                "messages",
+            ),
             (CHAT, chat(&format!(r#""unknown": [{objects}1]"#)), 400, ""),
             (CHAT, chat(&format!(r#""user": "{}""#, fill("[{,"))), 200, ""),
             (TEXT, text(&format!(r#""response_format": {form}"#)), 400, ""),
