@@ -28,14 +28,16 @@ start 0
 load --concurrency 1 --num-requests 2000 --output-len 16
 echo "256 streams at once:"
 load --concurrency 256 --num-requests 1024 --output-len 2000
-kill $server
-wait $server
 
-echo "An engine with a step each 2 ms, so that tokens come one by one; 256 streams at once:"
-start 2000
-load --concurrency 1 --num-requests 20 --output-len 16 >/dev/null
-before=$(memory_kib)
-load --concurrency 256 --num-requests 256 --output-len 2000
-after=$(memory_kib)
-echo "Memory of the server: $before KiB before, $after KiB at its highest:"
-echo "$(((after - before) * 1024 / 256)) bytes a stream"
+for tokens in 2000 4000; do
+    kill $server
+    wait $server
+    echo "An engine with a step each 2 ms, so that tokens come one by one; 256 streams of $tokens:"
+    start 2000
+    load --concurrency 1 --num-requests 20 --output-len 16 >/dev/null
+    before=$(memory_kib)
+    load --concurrency 256 --num-requests 256 --output-len "$tokens"
+    after=$(memory_kib)
+    echo "Memory of the server: $before KiB before, $after KiB at its highest:"
+    echo "$(((after - before) * 1024 / 256)) bytes a stream"
+done
