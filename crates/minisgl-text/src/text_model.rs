@@ -155,13 +155,11 @@ impl TextModel {
         Ok(self.tokenizer.encode(text, Special::Parse))
     }
 
-    /// Encoding takes hundreds of bytes for each byte of text.
     fn check_length(&self, text: &str, tokens_max: usize) -> Result<(), TextError> {
-        let bytes = text.len();
-        if bytes > self.tokenizer.bytes_max(tokens_max) {
-            return Err(TextError::TooLong { bytes, tokens_max });
+        match self.tokenizer.is_longer(text, tokens_max) {
+            true => Err(TextError::TooLong { bytes: text.len(), tokens_max }),
+            false => Ok(()),
         }
-        Ok(())
     }
 
     fn with_one_bos(&self, mut ids: Vec<u32>) -> Vec<u32> {

@@ -18,8 +18,10 @@ pub enum Special {
     AsText,
 }
 
-/// Bytes that a normalizer may make one of, as NFKC does of a mathematical letter.
-const NORMALIZED_BYTES_MAX: usize = 4;
+/// Few texts have more bytes to a token; English has between four and five.
+const TOKEN_BYTES_USUAL: usize = 8;
+/// As much of a text as is encoded at once to see whether it is too long.
+const PIECE_BYTES: usize = 64 << 10;
 
 /// Text to ids and ids to bytes.
 pub struct Tokenizer {
@@ -27,8 +29,6 @@ pub struct Tokenizer {
     /// Each id's bytes, and whether it is special; `None` where an id is not used.
     tokens: Vec<Option<Token>>,
     specials: HashMap<String, u32>,
-    /// Bytes of text that one token can stand for.
-    token_bytes_max: usize,
     /// BOS, where encoding a prompt puts one in front.
     prompt_bos: Option<u32>,
 }
@@ -93,16 +93,23 @@ impl Tokenizer {
             .filter(|(_, token)| token.special && !token.content.is_empty())
             .map(|(&id, token)| (token.content.clone(), id))
             .collect();
-        let longest = tokens.iter().flatten().map(|token| token.bytes.len()).max().unwrap_or(1);
-        let shrinks = inner.get_normalizer().map_or(1, |_| NORMALIZED_BYTES_MAX);
-        let token_bytes_max = longest.max(1) * shrinks;
-        Ok(Self { inner, tokens, specials, token_bytes_max, prompt_bos })
+        Ok(Self { inner, tokens, specials, prompt_bos })
     }
 
-    /// Bytes that a text of so many tokens can have at most: a longer one need not be encoded to know
-    /// that it has more.
-    pub fn bytes_max(&self, tokens: usize) -> usize {
-        tokens.saturating_mul(self.token_bytes_max)
+    /// Whether a text is sure to have more tokens than this. Encoding takes hundreds of bytes for each
+    /// byte of text: one that is longer than texts of so many tokens are is encoded in pieces, until
+    /// there are more.
+    pub fn is_longer(&self, text: &str, tokens_max: usize) -> bool {
+        let usual = tokens_max.saturating_mul(TOKEN_BYTES_USUAL).max(PIECE_BYTES);
+        let (mut rest, mut tokens) = (text, 0);
+        while text.len() > usual && !rest.is_empty() && tokens <= tokens_max {
+            let (piece, behind) = rest.split_at(rest.floor_char_boundary(PIECE_BYTES));
+            let found = self.encode_marked(piece).len();
+            // Where it was cut, there may be more than the text has.
+            tokens += found - found / 8;
+            rest = behind;
+        }
+        tokens > tokens_max
     }
 
     /// The ids of a text, without BOS or EOS.

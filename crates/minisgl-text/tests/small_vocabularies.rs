@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use minisgl_text::{
-    ChatRequest, Detokenizer, GgufTokenType, GgufVocab, Special, TextModel, Tokenizer,
+    ChatRequest, Detokenizer, GgufTokenType, GgufVocab, Special, TextError, TextModel, Tokenizer,
 };
 use serde_json::json;
 
@@ -76,6 +76,24 @@ fn special_text_is_special_only_where_it_may_be() {
     assert_eq!(tokenizer.decode(&plain, true), "ab<|end|><tool>");
     assert_eq!(tokenizer.decode(&[256, 258], false), "ab<|end|>");
     assert_eq!(tokenizer.decode(&[256, 258], true), "ab");
+}
+
+#[test]
+fn a_text_is_too_long_by_its_tokens_and_not_by_its_bytes() {
+    let mut vocab = byte_level();
+    let long_token = format!("<{}>", "t".repeat(30));
+    vocab.tokens[259].clone_from(&long_token);
+    let model = TextModel::from_gguf(vocab, None).expect("a model");
+    // 125 KiB, which pieces of 64 KiB cut in the middle of a token.
+    let text = format!("a{}", long_token.repeat(4000));
+    assert_eq!(model.encode_text(&text, 4001).expect("it fits").len(), 4001);
+    let too_long = |text: &str, tokens_max| {
+        model.encode_text(text, tokens_max)
+            == Err(TextError::TooLong { bytes: text.len(), tokens_max })
+    };
+    assert!(too_long(&text, 3000));
+    assert!(too_long(&"x".repeat(16 << 20), 4000));
+    assert!(!too_long(&"x".repeat(60 << 10), 4000), "the caller counts what is quickly encoded");
 }
 
 const TEMPLATE: &str = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}<|end|>\
