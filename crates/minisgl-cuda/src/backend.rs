@@ -9,12 +9,13 @@ use std::time::Instant;
 use cudarc::driver::{result, sys};
 use minisgl_tensor::{
     Activation, Adjust, Attention, AttentionLayer, Backend, DType, Download, Embed, Graph,
-    HostTensor, Linear, Logprobs, MemoryInfo, Mlp, Moe, Norm, Precision, Result, RopeStore, Sample,
-    Tensor, Weight,
+    HostTensor, Linear, Logprobs, Mark, MemoryInfo, Mlp, Moe, Norm, Precision, Result, RopeStore,
+    Sample, Tensor, Weight,
 };
 
 use crate::ahead::{Ahead, Next};
 use crate::choice::AttentionKernels;
+use crate::clock::Clock;
 use crate::device::{Arg, Device, Function, Launch, args, driver, fail};
 use crate::fault::Fault;
 use crate::gemm::Gemm;
@@ -55,6 +56,7 @@ pub struct CudaBackend {
     pub(crate) attention: AttentionKernels,
     pub(crate) fault: Option<Fault>,
     pub(crate) ahead: Ahead,
+    clock: Clock,
     /// By lane and name.
     scratch: Mutex<HashMap<(usize, &'static str), Vec<Tensor>>>,
     products: Mutex<Products>,
@@ -98,6 +100,7 @@ impl CudaBackend {
         Ok(Self {
             gemm,
             staging,
+            clock: Clock::new(&device),
             device,
             kernels,
             exact,
@@ -320,6 +323,10 @@ impl Backend for CudaBackend {
     fn side_by_side(&self, lanes: &mut [&mut dyn FnMut() -> Result<()>]) -> Result<()> {
         self.settle()?;
         self.device.side_by_side(lanes)
+    }
+
+    fn mark(&self) -> Result<Option<Box<dyn Mark>>> {
+        self.clock.mark().map(Some)
     }
 
     fn matrix(&self, parts: &[HostTensor<'_>], _precision: Precision) -> Result<Weight> {

@@ -7,13 +7,14 @@
 //! Reading order: `device` (context, stream, memory, launches), `staging` (copies), `kernels`
 //! (compiling and caching), `lanes` (work side by side), `ahead` (weights fetched early), `gemm` and `tuning` (cuBLASLt), `weights`, and `backend` with its
 //! operations in `linear`, `narrow`, `rope`, `attention`, `decode`, `half_layer`, `moe` and `sampling`; `choice` is
-//! which attention kernels run. Several cards: `collective`, over `mailbox` (peer memory) and `nccl`;
-//! `group` is what ends them together. `fault` breaks things on purpose.
+//! which attention kernels run, `clock` tells when. Several cards: `collective`, over `mailbox` (peer memory) and `nccl`;
+//! `group` is what ends them together. `fault` breaks things on purpose, `nvtx` names them for profilers.
 
 mod ahead;
 mod attention;
 mod backend;
 mod choice;
+mod clock;
 mod collective;
 mod decode;
 mod device;
@@ -28,6 +29,7 @@ mod mailbox;
 mod moe;
 mod narrow;
 mod nccl;
+mod nvtx;
 mod rope;
 mod sampling;
 mod staging;
@@ -40,3 +42,4 @@ pub use choice::{AttentionKernels, DecodeKernel, PrefillKernel};
 pub use collective::{GroupOptions, Transport, group};
 pub use device::devices;
 pub use kernels::{Module, compile};
+pub use nvtx::Nvtx;

@@ -336,7 +336,8 @@ fn serve(mut rank: Rank, index: usize, steps: &Receiver<Step>, failure: &Failure
             return;
         }
         // Set before `step` goes, so that a caller that is let go finds out why.
-        let run = catch_unwind(AssertUnwindSafe(|| rank.run(&step.plan)));
+        let run = || tracing::debug_span!("enqueue").in_scope(|| rank.run(&step.plan));
+        let run = catch_unwind(AssertUnwindSafe(run));
         match run {
             Ok(Ok(collected)) => {
                 if let Some(sender) = &step.collected {

@@ -26,6 +26,8 @@ pub struct EngineOptions {
     pub two_batch_min: usize,
     /// Random weights in place of the checkpoint's.
     pub dummy_weights: bool,
+    /// Whether results say when the device ran a step, where it can: for timelines.
+    pub note_device_times: bool,
 }
 
 /// How large the KV pool is.
@@ -52,6 +54,7 @@ impl Default for EngineOptions {
             graph_batch_max: 256,
             two_batch_min: 0,
             dummy_weights: false,
+            note_device_times: false,
         }
     }
 }

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use minisgl_scheduler::plan::StepPlan;
-use minisgl_tensor::{Backend, BackendError, Batch, Collective, DType, Tensor};
+use minisgl_tensor::{Backend, BackendError, Batch, Collective, DType, Mark, Tensor};
 
 use crate::checkpoint::Checkpoint;
 use crate::config::ModelConfig;
@@ -39,6 +39,7 @@ pub struct LoadedRank {
     page_size: usize,
     graph_batch_max: usize,
     two_batch_min: usize,
+    note_device_times: bool,
     /// `[2, rows] I32`: tokens to score and their targets.
     score_inputs: Tensor,
 }
@@ -85,6 +86,8 @@ impl LoadedRank {
             graph_batch_max: options.graph_batch_max.min(sizes.rows),
             two_batch_min: options.two_batch_min,
             page_size: options.page_size,
+            // Only the first rank reports.
+            note_device_times: options.note_device_times && devices.collective.rank() == 0,
             devices,
             config,
             model,
@@ -122,6 +125,22 @@ impl LoadedRank {
 impl Rank {
     /// Runs one step behind those before it.
     pub fn run(&mut self, plan: &StepPlan) -> Result<Collected, BackendError> {
+        let begin = self.mark()?;
+        let mut collected = self.enqueue(plan)?;
+        if let Some(begin) = begin {
+            collected.add_marks(self.mark()?.map(|end| [begin, end]));
+        }
+        Ok(collected)
+    }
+
+    fn mark(&self) -> Result<Option<Box<dyn Mark>>, BackendError> {
+        match self.loaded.note_device_times {
+            true => self.loaded.devices.backend.mark(),
+            false => Ok(None),
+        }
+    }
+
+    fn enqueue(&mut self, plan: &StepPlan) -> Result<Collected, BackendError> {
         let plain = |row: &minisgl_scheduler::plan::PlanRow| {
             matches!(row.output, minisgl_scheduler::plan::RowOutput::Sample(_))
         };

@@ -1,7 +1,7 @@
 //! From logits to tokens and log-probabilities, and from their bytes to a `StepResult`.
 
-use minisgl_scheduler::plan::{RowOutput, StepPlan, StepResult, TokenLogprobs};
-use minisgl_tensor::{Adjust, Backend, BackendError, Download, Logprobs, Tensor};
+use minisgl_scheduler::plan::{DeviceSpan, RowOutput, StepPlan, StepResult, TokenLogprobs};
+use minisgl_tensor::{Adjust, Backend, BackendError, Download, Logprobs, Mark, Tensor};
 
 use crate::inputs::StepInputs;
 use crate::workspace::{TOP_LOGPROBS_MAX, Workspace};
@@ -13,6 +13,8 @@ pub struct Collected {
     sampled_rows: Vec<usize>,
     logprobs: Option<LogprobDownloads>,
     scores: Vec<Score>,
+    /// The step's begin and end on the device.
+    marks: Option<[Box<dyn Mark>; 2]>,
 }
 
 /// The log-probabilities of some of one row's input tokens.
@@ -72,6 +74,7 @@ pub fn sample(
         tokens: Some(backend.download(&tokens)?),
         sampled_rows: inputs.sampled_rows.clone(),
         scores: Vec::new(),
+        marks: None,
     })
 }
 
@@ -117,6 +120,10 @@ impl Collected {
         self.scores = scores;
     }
 
+    pub fn add_marks(&mut self, marks: Option<[Box<dyn Mark>; 2]>) {
+        self.marks = marks;
+    }
+
     /// Waits for everything.
     pub fn wait(self, plan: &StepPlan) -> Result<StepResult, BackendError> {
         let rows = plan.rows.len();
@@ -124,6 +131,7 @@ impl Collected {
             tokens: vec![None; rows],
             logprobs: vec![None; rows],
             scores: vec![Vec::new(); rows],
+            on_device: None,
         };
         if let Some(tokens) = self.tokens {
             let tokens = integers(&tokens.wait()?);
@@ -143,6 +151,11 @@ impl Collected {
             let logprobs = score.downloads.wait()?.into_iter();
             let wanted = score.wanted.iter().zip(logprobs);
             result.scores[score.row].extend(wanted.map(|(wanted, l)| wanted.then_some(l)));
+        }
+        if let Some([begin, end]) = self.marks {
+            let (began, ended) = (begin.time()?, end.time()?);
+            let took = ended.saturating_duration_since(began);
+            result.on_device = Some(DeviceSpan { began, took });
         }
         Ok(result)
     }

@@ -45,6 +45,7 @@ fn engine(
         graph_batch_max,
         two_batch_min: 0,
         dummy_weights: false,
+        note_device_times: false,
     };
     start(tiny, cards, transport, options)
 }

@@ -6,7 +6,7 @@ mod tiny;
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use minisgl_engine::{Checkpoint, EngineOptions, KvSize, LocalEngine};
 use minisgl_scheduler::engine::{Engine, EngineError};
@@ -27,6 +27,7 @@ fn options() -> EngineOptions {
         graph_batch_max: 4,
         two_batch_min: 0,
         dummy_weights: false,
+        note_device_times: false,
     }
 }
 
@@ -125,6 +126,29 @@ fn two_halves_side_by_side_give_the_tokens_of_the_whole() {
     let (whole, passes) = decodes(13);
     // 8 rows and 4.
     assert_eq!((decodes(12), passes), ((whole, 8), 4));
+}
+
+#[test]
+fn the_device_says_when_it_ran_a_step_if_asked() {
+    let tiny = Tiny::load("llama");
+    let backend = Arc::<Reference>::default();
+    let noting = EngineOptions { note_device_times: true, ..options() };
+    let mut engine = start(open(&tiny), &noting, &backend).unwrap();
+    let mut last_ended = Instant::now();
+    let prompt = RowInput::Tokens(tiny.prompt.clone());
+    for next in [row(0, 0, prompt), row(0, tiny.prompt.len(), RowInput::Sampled)] {
+        let span = run(&mut engine, vec![next]).unwrap().on_device.expect("asked for");
+        assert!(span.began >= last_ended && span.took > Duration::ZERO);
+        last_ended = span.began + span.took;
+        assert!(last_ended <= Instant::now());
+    }
+    assert_eq!(backend.marks.load(Ordering::SeqCst), 4);
+
+    let backend = Arc::<Reference>::default();
+    let mut engine = start(open(&tiny), &options(), &backend).unwrap();
+    let prompt = row(0, 0, RowInput::Tokens(tiny.prompt.clone()));
+    assert_eq!(run(&mut engine, vec![prompt]).unwrap().on_device, None);
+    assert_eq!(backend.marks.load(Ordering::SeqCst), 0, "nobody asked");
 }
 
 #[test]

@@ -43,6 +43,7 @@ fn generate(path: &Path, prompt: &[u32], ranks: usize) -> Vec<u32> {
         graph_batch_max: 0,
         two_batch_min: 0,
         dummy_weights: false,
+        note_device_times: false,
     };
     let ranks = match ranks {
         1 => vec![(

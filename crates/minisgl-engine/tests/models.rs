@@ -70,6 +70,7 @@ fn engine(tiny: &Tiny, page_size: usize, on: On, count: usize) -> LocalEngine {
         graph_batch_max: 0,
         two_batch_min: 0,
         dummy_weights: false,
+        note_device_times: false,
     };
     LocalEngine::new(checkpoint, &options, ranks(on, count)).unwrap()
 }

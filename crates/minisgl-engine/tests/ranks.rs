@@ -94,6 +94,7 @@ fn engine(
         graph_batch_max: 0,
         two_batch_min: 0,
         dummy_weights: false,
+        note_device_times: false,
     };
     let cpu = CpuOptions { threads: Some(1), precision: Precision::Exact, ..CpuOptions::default() };
     let ends = shared_memory_group(2, TIMEOUT).into_iter().enumerate();

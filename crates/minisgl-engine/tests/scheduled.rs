@@ -50,6 +50,7 @@ fn engine(tiny: &Tiny, way: Way) -> LocalEngine {
         graph_batch_max: 4,
         two_batch_min: way.two_batch_min,
         dummy_weights: false,
+        note_device_times: false,
     };
     let precision = Precision::Exact;
     let cpu = CpuOptions { threads: Some(1), precision, ..CpuOptions::default() };

@@ -65,6 +65,7 @@ impl TextThread {
     /// Works until the scheduler is gone, then answers whoever still waits.
     pub(crate) fn run(mut self) {
         while let Ok(outputs) = self.outputs.recv() {
+            let _span = tracing::debug_span!("detokenize").entered();
             let now = Instant::now();
             let tokens = outputs.len();
             self.choices.extend(self.shared.arrivals.take());

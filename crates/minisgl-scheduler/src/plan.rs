@@ -9,6 +9,7 @@
 //! pages that another row of the same step writes, and does where two requests share a prefix.
 
 use std::sync::{Arc, Condvar, Mutex};
+use std::time::{Duration, Instant};
 
 use crate::sampling::SamplingParams;
 
@@ -130,6 +131,17 @@ pub struct StepResult {
     pub logprobs: Vec<Option<TokenLogprobs>>,
     /// Log-probabilities of the prompt's tokens, for `RowOutput::Score`; empty elsewhere.
     pub scores: Vec<Vec<Option<TokenLogprobs>>>,
+    /// When the device ran the step, where the engine was asked to note that and its device can say.
+    pub on_device: Option<DeviceSpan>,
+}
+
+/// A time on a device, by the host's clock.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DeviceSpan {
+    /// When the device came to the step.
+    pub began: Instant,
+    /// Until it had done the last of it.
+    pub took: Duration,
 }
 
 /// A token's log-probability and the most likely alternatives, natural logarithm, from the

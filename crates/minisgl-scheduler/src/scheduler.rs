@@ -5,6 +5,8 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvError, TryRecvError};
 use std::time::Instant;
 
+use tracing::debug_span;
+
 use crate::admission::Admission;
 use crate::cache::CacheType;
 use crate::engine::{Engine, EngineError, EngineLimits};
@@ -190,10 +192,11 @@ impl<E: Engine, S: OutputSink> Scheduler<E, S> {
     /// Plans the next step and starts it, if there is anything to compute.
     fn launch_next(&mut self) -> Result<Option<Launched<E>>, EngineError> {
         let planned_at = Instant::now();
-        let Some(plan) = self.plan_step() else { return Ok(None) };
-        let plan = Arc::new(plan);
+        let plan = debug_span!("plan").in_scope(|| self.plan_step());
+        let Some(plan) = plan.map(Arc::new) else { return Ok(None) };
         let launched_at = Instant::now();
-        let in_flight = self.engine.launch(Arc::clone(&plan))?;
+        let launch = || self.engine.launch(Arc::clone(&plan));
+        let in_flight = debug_span!("launch").in_scope(launch)?;
         let times = StepTimes {
             step: plan.step,
             rows: plan.rows.len(),
@@ -204,6 +207,7 @@ impl<E: Engine, S: OutputSink> Scheduler<E, S> {
             waited_at: launched_at,
             wait: Default::default(),
             commit: Default::default(),
+            on_device: None,
         };
         Ok(Some(Launched { plan, in_flight, times }))
     }
@@ -212,7 +216,8 @@ impl<E: Engine, S: OutputSink> Scheduler<E, S> {
     fn commit(&mut self, launched: Option<Launched<E>>) -> Result<(), EngineError> {
         let Some(Launched { plan, in_flight, mut times }) = launched else { return Ok(()) };
         times.waited_at = Instant::now();
-        let mut result = self.engine.wait(in_flight)?;
+        let mut result = debug_span!("wait").in_scope(|| self.engine.wait(in_flight))?;
+        let _commit = debug_span!("commit").entered();
         let finished_at = Instant::now();
         self.steps_committed = plan.step + 1;
         for (index, row) in plan.rows.iter().enumerate() {
@@ -226,6 +231,7 @@ impl<E: Engine, S: OutputSink> Scheduler<E, S> {
             self.check_integrity();
         }
 
+        times.on_device = result.on_device;
         times.wait = finished_at - times.waited_at;
         times.commit = finished_at.elapsed();
         add(&self.stats.steps, 1);

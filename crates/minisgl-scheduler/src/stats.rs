@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::histogram::Histogram;
+use crate::plan::DeviceSpan;
 
 /// Gauges and counters, written by the scheduler's thread alone and read by anybody.
 #[derive(Debug, Default)]
@@ -71,7 +72,7 @@ pub(crate) fn add(counter: &AtomicU64, value: usize) {
     counter.fetch_add(value as u64, Ordering::Relaxed);
 }
 
-/// Where the time of one step went on the scheduler's thread.
+/// Where the time of one step went on the scheduler's thread, and when the device ran it.
 #[derive(Clone, Copy, Debug)]
 pub struct StepTimes {
     /// As in the plan.
@@ -92,6 +93,8 @@ pub struct StepTimes {
     pub wait: Duration,
     /// Handing out its tokens.
     pub commit: Duration,
+    /// When the device ran it, as in the step's result.
+    pub on_device: Option<DeviceSpan>,
 }
 
 /// Told of what threads spend their time on: traces and histograms. Must not block.

@@ -7,6 +7,7 @@
 
 use std::any::Any;
 use std::sync::Arc;
+use std::time::Instant;
 
 use crate::{DType, HostTensor, Precision, Tensor, Weight};
 
@@ -65,6 +66,11 @@ pub trait Backend: Send + Sync {
     /// is behind all of them. No lane writes what another reads or writes.
     fn side_by_side(&self, lanes: &mut [&mut dyn FnMut() -> Result<()>]) -> Result<()> {
         lanes.iter_mut().try_for_each(|lane| lane())
+    }
+    /// Marks this place in what is enqueued, to learn when the device came to it. `None` on a device
+    /// whose operations are done when their calls come back: there the host's own times say it.
+    fn mark(&self) -> Result<Option<Box<dyn Mark>>> {
+        Ok(None)
     }
 
     // ---- weights ----
@@ -160,6 +166,12 @@ pub trait Backend: Send + Sync {
 pub trait Download: Send {
     /// Waits for the bytes.
     fn wait(self: Box<Self>) -> Result<Vec<u8>>;
+}
+
+/// A place between a device's operations.
+pub trait Mark: Send {
+    /// Waits until the device has come to it; when that was, by the host's clock.
+    fn time(self: Box<Self>) -> Result<Instant>;
 }
 
 /// Recorded device work. It reads and writes the very addresses it was recorded with.

@@ -154,6 +154,7 @@ fn engine_options(device: Device, options: &RuntimeOptions) -> EngineOptions {
         graph_batch_max: options.cuda_graph_max_bs.unwrap_or(defaults.graph_batch_max),
         two_batch_min: options.two_batch_overlap.unwrap_or(defaults.two_batch_min),
         dummy_weights: options.dummy_weight,
+        note_device_times: options.trace.is_some(),
     }
 }
 

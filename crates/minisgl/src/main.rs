@@ -4,15 +4,18 @@ mod cli;
 
 use std::process::ExitCode;
 
-use tracing_subscriber::EnvFilter;
+use minisgl::ranges::NvtxRanges;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
+use tracing_subscriber::{EnvFilter, Layer, fmt, registry};
 
 fn main() -> ExitCode {
     set_up_nccl();
     let cli = cli::Cli::from_args();
     let filter = EnvFilter::try_from_env("MINISGL_LOG").unwrap_or_else(|_| EnvFilter::new("warn"));
     // Complaining about a note that cannot be written would panic where nobody reads the notes.
-    let notes = tracing_subscriber::fmt().log_internal_errors(false);
-    notes.with_env_filter(filter).with_writer(std::io::stderr).init();
+    let log = fmt::layer().log_internal_errors(false).with_writer(std::io::stderr);
+    registry().with(log.with_filter(filter)).with(NvtxRanges::for_profiler()).init();
     match cli.run() {
         Ok(()) => ExitCode::SUCCESS,
         // Whoever read our output has seen enough, as in `minisgl … | head`.

@@ -111,7 +111,8 @@ pub struct RuntimeOptions {
     #[arg(long, help_heading = "Scheduling")]
     pub disable_overlap: bool,
 
-    /// Write a timeline of the steps, for ui.perfetto.dev or chrome://tracing
+    /// Write a timeline of the steps on the host and on the GPU, for ui.perfetto.dev or
+    /// chrome://tracing
     #[arg(long, value_name = "FILE", help_heading = "Scheduling")]
     pub trace: Option<PathBuf>,
 

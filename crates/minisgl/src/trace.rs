@@ -32,6 +32,7 @@ impl Trace {
             file: BufWriter::new(File::create(path).with_context(name)?),
             began: Instant::now(),
             engine_free: Duration::ZERO,
+            device_named: false,
         };
         writer.begin().with_context(name)?;
         let (spans, received) = channel();
@@ -61,23 +62,30 @@ struct Writer {
     began: Instant,
     /// When the engine's last step was done.
     engine_free: Duration,
+    /// Whether the device's row has its name.
+    device_named: bool,
 }
 
 /// Rows of the timeline.
 const SCHEDULER: u32 = 1;
 const ENGINE: u32 = 2;
-const TEXT: u32 = 3;
+const DEVICE: u32 = 3;
+const TEXT: u32 = 4;
 
 impl Writer {
     fn begin(&mut self) -> std::io::Result<()> {
         self.file.write_all(b"[")?;
         for (row, name) in [(SCHEDULER, "scheduler"), (ENGINE, "engine"), (TEXT, "text")] {
-            writeln!(
-                self.file,
-                r#"{{"ph":"M","pid":1,"tid":{row},"name":"thread_name","args":{{"name":"{name}"}}}},"#
-            )?;
+            self.name(row, name)?;
         }
         self.file.flush()
+    }
+
+    fn name(&mut self, row: u32, name: &str) -> std::io::Result<()> {
+        writeln!(
+            self.file,
+            r#"{{"ph":"M","pid":1,"tid":{row},"name":"thread_name","args":{{"name":"{name}"}}}},"#
+        )
     }
 
     fn run(mut self, received: &Receiver<Spans>) -> std::io::Result<()> {
@@ -116,7 +124,14 @@ impl Writer {
         let began = (launched + times.launch).max(self.engine_free).min(finished);
         self.engine_free = finished;
         let name = if times.tokens == times.rows { "decode" } else { "prefill" };
-        self.span(ENGINE, name, began, finished - began, &args)
+        self.span(ENGINE, name, began, finished - began, &args)?;
+        let Some(span) = times.on_device else { return Ok(()) };
+        if !self.device_named {
+            self.name(DEVICE, "device")?;
+            self.device_named = true;
+        }
+        let began = span.began.saturating_duration_since(self.began);
+        self.span(DEVICE, name, began, span.took, &args)
     }
 
     fn span(
@@ -138,6 +153,7 @@ impl Writer {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use minisgl_scheduler::plan::DeviceSpan;
 
     #[test]
     fn a_timeline_lacks_only_its_last_bracket() {
@@ -155,20 +171,30 @@ mod tests {
             waited_at: now + ms(3),
             wait: ms(4),
             commit: ms(5),
+            on_device: Some(DeviceSpan { began: now + ms(4), took: ms(2) }),
         });
         trace.text(now + ms(12), ms(6), 2);
         let read = || std::fs::read_to_string(&path).unwrap();
         let waited = Instant::now();
-        while read().lines().count() < 9 && waited.elapsed() < Duration::from_secs(10) {
+        while read().lines().count() < 11 && waited.elapsed() < Duration::from_secs(10) {
             thread::sleep(ms(5));
         }
         let text = read();
         std::fs::remove_file(&path).unwrap();
         let json = format!("{}]", text.trim_end().trim_end_matches(','));
         let events: Vec<serde_json::Value> = serde_json::from_str(&json).unwrap();
-        let names: Vec<&str> = events[3..].iter().map(|e| e["name"].as_str().unwrap()).collect();
-        assert_eq!(names, ["plan", "launch", "wait", "commit", "prefill", "detokenize"]);
-        assert_eq!(events[7]["dur"], 4000.0);
-        assert_eq!((&events[8]["dur"], &events[8]["args"]["tokens"]), (&6000.0.into(), &2.into()));
+        let spans: Vec<_> = events.iter().filter(|event| event["ph"] == "X").collect();
+        let names: Vec<&str> = spans.iter().map(|e| e["name"].as_str().unwrap()).collect();
+        let expected = ["plan", "launch", "wait", "commit", "prefill", "prefill", "detokenize"];
+        assert_eq!(names, expected);
+        let row_of = |name: &str| {
+            let named = events.iter().find(|e| e["ph"] == "M" && e["args"]["name"] == name);
+            &named.unwrap()["tid"]
+        };
+        assert_eq!((&spans[4]["tid"], &spans[4]["dur"]), (row_of("engine"), &4000.0.into()));
+        assert_eq!((&spans[5]["tid"], &spans[5]["dur"]), (row_of("device"), &2000.0.into()));
+        let planned_at = spans[0]["ts"].as_f64().unwrap();
+        assert_eq!(spans[5]["ts"].as_f64().unwrap() - planned_at, 4000.0);
+        assert_eq!((&spans[6]["dur"], &spans[6]["args"]["tokens"]), (&6000.0.into(), &2.into()));
     }
 }
