@@ -81,6 +81,7 @@ fn step(r: &Rig, case: &Case) -> Step {
         host: None,
         kv_len_max: longest,
         extend_len_max: case.rows.iter().map(|row| row.1).max().unwrap(),
+        shared: None,
     };
     let places = (0..rows).map(|row| (0..longest).map(|p| place(row, p)).collect()).collect();
     Step { batch, positions, store_at, places, pages: rows * per_row + 1 }

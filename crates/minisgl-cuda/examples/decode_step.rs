@@ -1,14 +1,18 @@
 //! Times a whole decode step and a prefill step, operation by operation as the engine calls them,
 //! of Qwen3-0.6B's and Qwen3-14B's shapes on random weights: `decode_step [0.6b] [14b]
-//! [BATCH ...] [narrow] [halves:BLOCKS ...]`; `narrow` switches `kernels/narrow.cu` on, `halves` adds
-//! the step as two halves side by side, where attention has so many blocks. Up to 8 rows are timed with
-//! half a layer in one kernel, too. `ahead:MIB` sends for so much of the next product's weights.
+//! [BATCH ...] [narrow] [halves:BLOCKS ...] [shared:TOKENS] [cascade]`; `narrow` switches
+//! `kernels/narrow.cu` on, `halves` adds the step as two halves side by side, where attention has so many
+//! blocks; with `shared` the rows' contexts begin with so many tokens in the same pages, and `cascade`
+//! reads these once for several rows. Up to 8 rows are timed with half a layer in one kernel, too.
+//! `ahead:MIB` sends for so much of the next product's weights.
 #![expect(clippy::print_stdout, reason = "this program's output is its table")]
 
 use std::sync::Arc;
 use std::time::Instant;
 
-use minisgl_cuda::{CudaBackend, CudaOptions, Products};
+use minisgl_cuda::{
+    AttentionKernels, CudaBackend, CudaOptions, DecodeKernel, ModelAttention, Products,
+};
 use minisgl_tensor::*;
 
 struct Shape {
@@ -84,12 +88,10 @@ struct Step {
 
 fn main() -> Result<()> {
     let started = Instant::now();
-    let b = CudaBackend::new(CudaOptions { device: 0, precision: Precision::Native })?;
-    if std::env::args().any(|arg| arg == "narrow") {
-        b.set_products(Products::Narrow);
-    }
-    println!("{}: backend ready in {:.2} s", b.name(), started.elapsed().as_secs_f64());
     let wanted: Vec<String> = std::env::args().skip(1).collect();
+    let asked = |name: &str| wanted.iter().any(|word| word == name);
+    let shared = wanted.iter().find_map(|word| word.strip_prefix("shared:")?.parse().ok());
+    let shared_pages = shared.unwrap_or(0_usize).min(575) / PAGE;
     let mut batches: Vec<usize> = wanted.iter().filter_map(|w| w.parse().ok()).collect();
     let blocks = wanted.iter().filter_map(|w| w.strip_prefix("halves:"));
     let halves: Vec<usize> = blocks.filter_map(|blocks| blocks.parse().ok()).collect();
@@ -100,9 +102,18 @@ fn main() -> Result<()> {
     if prefill {
         batches = vec![1, 8, 16, 32, 64, 128, 256];
     }
-    let every = SHAPES.iter().all(|s| !wanted.iter().any(|w| w == s.name));
-    for shape in SHAPES.iter().filter(|s| every || wanted.iter().any(|w| w == s.name)) {
-        let model = bench(&b, shape, &batches, &halves)?;
+    let every = SHAPES.iter().all(|s| !asked(s.name));
+    for shape in SHAPES.iter().filter(|s| every || asked(s.name)) {
+        let decode = if asked("cascade") { DecodeKernel::Cascade } else { DecodeKernel::Auto };
+        let kernels = AttentionKernels { decode, ..AttentionKernels::default() };
+        let attention = ModelAttention { kernels, heads: shape.heads, page_size: PAGE };
+        let options = CudaOptions::new(0, Precision::Native);
+        let b = CudaBackend::new(CudaOptions { attention: Some(attention), ..options })?;
+        if asked("narrow") {
+            b.set_products(Products::Narrow);
+        }
+        println!("{}: ready {:.2} s after the start", b.name(), started.elapsed().as_secs_f64());
+        let model = bench(&b, shape, &batches, &halves, shared_pages)?;
         if prefill {
             bench_prefill(&model)?;
         }
@@ -115,6 +126,7 @@ fn bench<'a>(
     shape: &'a Shape,
     batches: &[usize],
     halves: &[usize],
+    shared_pages: usize,
 ) -> Result<Model<'a>> {
     let started = Instant::now();
     let slots = 256;
@@ -123,11 +135,14 @@ fn bench<'a>(
     b.synchronize()?;
     println!("\n{}: weights made in {:.2} s", shape.name, started.elapsed().as_secs_f64());
     println!(
-        "decode, context 576, ms a step: whole | linear | attention | rest | first run, capture (s)"
+        "decode, context 576, {} tokens of it shared, in lots of {}, ms a step: whole | linear | \
+         attention | rest | first run, capture (s)",
+        shared_pages * PAGE,
+        b.prefix_rows_max(shape.heads)
     );
     for &rows in batches {
         let rows_spec: Vec<(usize, usize)> = vec![(575, 1); rows];
-        let step = Step::new(b, shape, &rows_spec)?;
+        let step = Step::new(b, shape, &rows_spec, shared_pages)?;
         let first = Instant::now();
         model.forward(&step, ALL)?;
         b.synchronize()?;
@@ -192,7 +207,7 @@ fn bench<'a>(
 fn bench_prefill(model: &Model<'_>) -> Result<()> {
     let b = model.b;
     println!("prefill of 8 x 2048 tokens, tokens/s | ms: whole, linear, attention, rest");
-    let step = Step::new(b, model.shape, &[(0, 2048); 8])?;
+    let step = Step::new(b, model.shape, &[(0, 2048); 8], 0)?;
     model.forward(&step, ALL)?;
     let time = |parts| median(b, 3, || model.forward(&step, parts));
     let whole = time(ALL)?;
@@ -380,8 +395,43 @@ impl<'a> Model<'a> {
     }
 }
 
+/// All rows together, as an engine deals them into lots.
+fn lots(
+    b: &CudaBackend,
+    heads: Heads,
+    rows: usize,
+    shared_pages: usize,
+) -> Result<Option<SharedPrefixes>> {
+    let (lots, size) = (rows / 2, b.prefix_rows_max(heads));
+    if size < 2 || lots == 0 {
+        return Ok(None);
+    }
+    let ints = |values: Vec<i32>, shape: &[usize]| -> Result<Tensor> {
+        let tensor = b.alloc(DType::I32, shape)?;
+        b.upload(&values.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<_>>(), &tensor)?;
+        Ok(tensor)
+    };
+    let tokens = (shared_pages * PAGE) as i32;
+    let in_lots = if rows % size == 1 { rows - 1 } else { rows };
+    let in_lots = if tokens > 0 { in_lots } else { 0 };
+    let member = |place: usize| if place < in_lots { place as i32 } else { -1 };
+    let of_lot = |lot: usize| if lot * size < in_lots { tokens } else { 0 };
+    let covered = |row: usize| if row < in_lots { tokens } else { 0 };
+    Ok(Some(SharedPrefixes {
+        rows: ints((0..lots * size).map(member).collect(), &[lots, size])?,
+        tokens: ints((0..lots).map(of_lot).collect(), &[lots])?,
+        covered: ints((0..rows).map(covered).collect(), &[rows])?,
+    }))
+}
+
 impl Step {
-    fn new(b: &CudaBackend, s: &Shape, rows: &[(usize, usize)]) -> Result<Self> {
+    /// The first `shared_pages` pages of all rows are the first row's.
+    fn new(
+        b: &CudaBackend,
+        s: &Shape,
+        rows: &[(usize, usize)],
+        shared_pages: usize,
+    ) -> Result<Self> {
         let per_row = PAGES_A_ROW;
         let n = rows.len();
         let tokens: usize = rows.iter().map(|r| r.1).sum();
@@ -400,7 +450,8 @@ impl Step {
         let mut table = vec![0i32; n * per_row];
         for row in 0..n {
             for i in 0..used {
-                table[row * per_row + i] = ((i * n + row) % (n * used)) as i32 + 1;
+                let owner = if i < shared_pages { 0 } else { row };
+                table[row * per_row + i] = (i * n + owner) as i32 + 1;
             }
         }
         let (mut start, mut positions, mut store_at, mut last) =
@@ -431,6 +482,7 @@ impl Step {
                 host: Some(Arc::new(HostBatch { query_start: start, kv_len })),
                 kv_len_max: longest,
                 extend_len_max: rows.iter().map(|r| r.1).max().unwrap_or(1),
+                shared: lots(b, s.heads, n, shared_pages)?,
             },
             input_ids: ints((0..tokens).map(|i| (i * 97 % s.vocab) as i32).collect(), &[tokens])?,
             last: ints(last, &[n])?,

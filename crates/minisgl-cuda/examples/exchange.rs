@@ -61,9 +61,7 @@ fn json(times: &Times) -> String {
 }
 
 fn times(ranks: usize, transport: Transport, sizes: &[usize]) -> Times {
-    let open = |device| {
-        CudaBackend::new(CudaOptions { device, precision: Precision::Native }).map(Arc::new)
-    };
+    let open = |device| CudaBackend::new(CudaOptions::new(device, Precision::Native)).map(Arc::new);
     let backends = (0..ranks).map(open).collect::<minisgl_tensor::Result<Vec<_>>>()?;
     let options = GroupOptions { timeout: Duration::from_secs(30), transport };
     let ends = group(&backends, options).with_context(|| format!("{transport:?}"))?;

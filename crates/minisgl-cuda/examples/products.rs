@@ -39,7 +39,7 @@ fn main() -> Result<()> {
     }
     let models = [("0.6b", 1024, 3072, 2048), ("14b", 5120, 17408, 5120)];
     let every = models.iter().all(|m| !wanted.iter().any(|w| w == m.0));
-    let b = CudaBackend::new(CudaOptions { device: 0, precision: Precision::Native })?;
+    let b = CudaBackend::new(CudaOptions::new(0, Precision::Native))?;
     println!("{}; a product, microseconds: batch: cuBLASLt, kernels", b.name());
     for (name, hidden, inner, q) in models {
         if every || wanted.iter().any(|w| w == name) {

@@ -11,6 +11,10 @@
 //   - one merges these sums, and where a unit is spread over blocks and this one is the last to arrive,
 //     the blocks'. Units that are spread over blocks come first, so that no block ends with them.
 //     A block's last unit is merged by those that summed it, all at once.
+// CASCADE: rows that begin with the same pages are dealt into lots of as many as have 16 query heads
+// together, and a lot's shared tokens are units of their own, which read K and V once for all of its rows. A
+// row's result has two halves then, of its own tokens and of the shared ones; the unit that is done last merges
+// them (cascade attention, as in FlashInfer, in one kernel).
 // In shared memory: tiles [stage][K, V][part][16] of 128 bytes in the 128-byte swizzle, where a part is
 // 64 dimensions; of units in turn, q [2][8 · HALVES][Q_STRIDE]; the warps' sums [warp][group][SUMS_STRIDE].
 
@@ -180,13 +184,20 @@ struct Sums {
     }
 };
 
-// The unit's q, normed and rotated, a warp a head.
+// The unit's q, normed and rotated, a warp a head. Of members that a lot does not have, whatever was there.
 __device__ __forceinline__ void prepare_q(const Args &a, const Segment &s, bf16 *q) {
     int warp = threadIdx.x / 32, group = a.q_heads / a.kv_heads;
-    for (int i = warp; i < group; i += WARPS) {
+    for (int i = warp; i < UNIT_HEADS; i += WARPS) {
         Head head;
+#if CASCADE
+        int row = is_own(a, s.row) ? s.row : member(a, s.row, i / group);
+        if (row < 0) continue;
+        const bf16 *from = a.qkv + ((long long)row * (a.q_heads + 2 * a.kv_heads) + s.kv_head * group + i % group) * DIM;
+        head.read(from, a.q_norm, a.q_eps, a.q_shift, a.rope + (long long)(a.kv_len[row] - 1) * DIM);
+#else
         const bf16 *from = a.qkv + ((long long)s.row * (a.q_heads + 2 * a.kv_heads) + s.kv_head * group + i) * DIM;
         head.read(from, a.q_norm, a.q_eps, a.q_shift, a.rope + (long long)(s.kv_len - 1) * DIM);
+#endif
 #pragma unroll
         for (int j = 0; j < PAIRS_A_LANE; j++) {
             if (!Head::holds(j)) continue;
@@ -266,6 +277,72 @@ __device__ __forceinline__ void load_from_blocks(float (&x)[4], const float *fro
     x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
 }
 
+#if CASCADE
+// Where a query head's halves lie: its row's own tokens', and behind it the shared ones'.
+__device__ __forceinline__ float *halves_of(const Args &a, int row, int head) {
+    return a.halves + ((long long)row * a.q_heads + head) * 2 * PARTIAL_STRIDE;
+}
+#endif
+
+#if CASCADE
+// What becomes of a unit's head, all of whose sums are merged.
+__device__ __forceinline__ void finish(const Args &a, const Segment &s, const Merged &m, int head, bf16 *out) {
+    int group = a.q_heads / a.kv_heads;
+    bool own = is_own(a, s.row);
+    int row = own ? s.row : member(a, s.row, head / group);
+    if (row < 0) return;
+    if (!own || a.covered[row] > 0) {
+        float *to = halves_of(a, row, s.kv_head * group + head % group) + (own ? 0 : PARTIAL_STRIDE);
+#pragma unroll
+        for (int p = 0; p < PIECES; p++) *(Merged::Piece *)(to + Merged::index(p)) = m.pieces[p];
+        if ((threadIdx.x & 31) == 0) *(float2 *)(to + DIM) = make_float2(m.best, m.total);
+        return;
+    }
+    m.write(out + head * DIM);
+}
+
+// Behind `finish` of all of a unit's heads: of each of its rows, whoever comes second merges the halves.
+template <int TEAM> __device__ __forceinline__ void join(const Args &a, const Segment &s, const Shared &shared, int rank) {
+    int lane = threadIdx.x & 31, group = a.q_heads / a.kv_heads;
+    bool own = is_own(a, s.row);
+    if (own && a.covered[s.row] == 0) return;
+    __threadfence();
+    if (TEAM == 1) __syncwarp();
+    else named_barrier(1, TEAM * 32);
+    int second = 0;
+    if (rank == 0) {
+        int row = lane >= (own ? 1 : a.lot_size) ? -1 : own ? s.row : member(a, s.row, lane);
+        bool is_second = row >= 0 && atomicAdd(a.joined + row * a.kv_heads + s.kv_head, 1) == 1;
+        second = __ballot_sync(~0u, is_second);
+        if (TEAM > 1 && lane == 0) *shared.arrived = second;
+    }
+    if (TEAM > 1) {
+        named_barrier(1, TEAM * 32);
+        second = *shared.arrived;
+    }
+    __threadfence();
+    for (; second; second &= second - 1) {
+        int row = own ? s.row : member(a, s.row, __ffs(second) - 1);
+        for (int i = rank; i < group; i += TEAM) {
+            int head = s.kv_head * group + i;
+            Merged m;
+            m.clear();
+            m.add<2>([&](int half, Merged::Piece (&pieces)[PIECES], float2 &top) {
+                const float *from = halves_of(a, row, head) + half * PARTIAL_STRIDE;
+                top = __ldcg((const float2 *)(from + DIM));
+#pragma unroll
+                for (int p = 0; p < PIECES; p++) load_from_blocks(pieces[p].x, from + Merged::index(p));
+            });
+            m.write(a.out + ((long long)row * a.q_heads + head) * DIM);
+        }
+        if (rank == 0 && lane == 0) a.joined[row * a.kv_heads + s.kv_head] = 0;
+    }
+}
+#define FINISH finish(a, s, m, head, out)
+#else
+#define FINISH m.write(out + head * DIM)
+#endif
+
 // A unit's sums become its output, or, of a part of a unit, go to `partial`. Warp `rank` of `TEAM` warps.
 template <int TEAM> __device__ __forceinline__ void merge(const Args &a, const Work &work, const Segment &s, const Shared &shared, int rank) {
     int lane = threadIdx.x & 31, group = a.q_heads / a.kv_heads;
@@ -274,15 +351,15 @@ template <int TEAM> __device__ __forceinline__ void merge(const Args &a, const W
     float *partial = a.partial + (2 * blockIdx.x + (s.first > 0 ? 0 : 1)) * 16 * PARTIAL_STRIDE;
     bf16 *out = a.out + ((long long)s.row * a.q_heads + s.kv_head * group) * DIM;
     Merged m;
-    for (int head = rank; head < group; head += TEAM) {
+    for (int head = rank; head < UNIT_HEADS; head += TEAM) {
         m.clear();
         m.add<WARPS>([&](int warp, Merged::Piece (&pieces)[PIECES], float2 &top) {
-            const float *from = shared.sums + (warp * group + head) * SUMS_STRIDE;
+            const float *from = shared.sums + (warp * SUM_HEADS + head) * SUMS_STRIDE;
             top = shared.tops[warp][head];
 #pragma unroll
             for (int p = 0; p < PIECES; p++) pieces[p] = *(const Merged::Piece *)(from + Merged::index(p));
         });
-        if (whole) { m.write(out + head * DIM); continue; }
+        if (whole) { FINISH; continue; }
         float *to = partial + head * PARTIAL_STRIDE;
 #pragma unroll
         for (int p = 0; p < PIECES; p++) *(Merged::Piece *)(to + Merged::index(p)) = m.pieces[p];
@@ -292,6 +369,9 @@ template <int TEAM> __device__ __forceinline__ void merge(const Args &a, const W
         __syncwarp();
         if (lane == 0) barrier_arrive(shared.sums_free);
     }
+#if CASCADE
+    if (whole) join<TEAM>(a, s, shared, rank);
+#endif
     if (whole) return;
     int unit = s.row * a.kv_heads + s.kv_head, begin = work.before[s.row] * a.kv_heads + s.kv_head * s.tiles;
     int first_block = begin / work.share, blocks = (begin + s.tiles - 1) / work.share - first_block + 1, arrived = 0;
@@ -308,7 +388,7 @@ template <int TEAM> __device__ __forceinline__ void merge(const Args &a, const W
     }
     if (arrived != blocks - 1) return;
     __threadfence();
-    for (int head = rank; head < group; head += TEAM) {
+    for (int head = rank; head < UNIT_HEADS; head += TEAM) {
         m.clear();
         for (int first = 0; first < blocks; first += 4)
             m.add<4>([&](int i, Merged::Piece (&pieces)[PIECES], float2 &top) {
@@ -320,9 +400,12 @@ template <int TEAM> __device__ __forceinline__ void merge(const Args &a, const W
 #pragma unroll
                 for (int p = 0; p < PIECES; p++) load_from_blocks(pieces[p].x, from + Merged::index(p));
             });
-        m.write(out + head * DIM);
+        FINISH;
     }
     if (rank == 0 && lane == 0) a.arrived[unit] = 0;
+#if CASCADE
+    join<TEAM>(a, s, shared, rank);
+#endif
 }
 
 // The warp that merges all units but the block's last one, which the summing warps do: they are done.
@@ -363,7 +446,11 @@ __device__ __forceinline__ void sum_all(const Args &a, const Work &work, const S
             int tile = s.first + next - begin;
             u32 at = ring.memory + ring.stage * STAGE_BYTES;
             barrier_wait(ring.full + 8 * ring.stage, ring.parity);
+#if CASCADE
+            if (tile == s.tiles - 1 && is_own(a, s.row)) add_token(a, s, at);
+#else
             if (tile == s.tiles - 1) add_token(a, s, at);
+#endif
             sums.add(a, s, (s.seen_from + tile) * TILE, at, q);
             __syncwarp();
             if (lane == 0) barrier_arrive(ring.free + 8 * ring.stage);
@@ -375,9 +462,9 @@ __device__ __forceinline__ void sum_all(const Args &a, const Work &work, const S
             sum += __shfl_xor_sync(~0u, sum, 1);
             sum += __shfl_xor_sync(~0u, sum, 2);
             int head = g + 8 * h;
-            if (head >= group) continue;
+            if (head >= UNIT_HEADS) continue;
             if (t == 0) shared.tops[warp][head] = make_float2(sums.top[h] * scale, sum);
-            float *to = shared.sums + (warp * group + head) * SUMS_STRIDE + 2 * t;
+            float *to = shared.sums + (warp * SUM_HEADS + head) * SUMS_STRIDE + 2 * t;
 #pragma unroll
             for (int j = 0; j < DIM / 8; j++) *(float2 *)(to + 8 * j) = make_float2(sums.o[j][2 * h], sums.o[j][2 * h + 1]);
         }
@@ -394,7 +481,12 @@ extern "C" __global__ void __launch_bounds__(32 * (WARPS + 2), 1)
 decode(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map, const Args a) {
     extern __shared__ unsigned char memory[];
     __shared__ u64 barrier_words[2 * STAGES_MAX + 4];
-    __shared__ int before[ROWS_MAX + 1], lens[ROWS_MAX], slots[ROWS_MAX];
+    __shared__ int before[ENTRIES_MAX + 1], lens[ENTRIES_MAX], slots[ENTRIES_MAX];
+#if CASCADE
+    __shared__ int skipped[ENTRIES_MAX];
+#else
+    int *skipped = nullptr;
+#endif
     __shared__ float2 tops[WARPS][16];
     __shared__ int arrived;
     let_next_start();
@@ -414,7 +506,7 @@ decode(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
     for (int i = threadIdx.x; i < 8 * HALVES * Q_STRIDE; i += blockDim.x) ((u32 *)q)[i] = 0;
     // In a graph, page table and lengths are older than all its kernels.
     if (!a.early) wait_for_previous();
-    Work work = divide(a, before, lens, slots);
+    Work work = divide(a, before, lens, slots, skipped);
     int warp = threadIdx.x / 32;
     if (warp == WARPS) fetch_all(a, work, k_map, v_map, ring);
     wait_for_previous();

@@ -7,7 +7,14 @@
 #define MATRIX_BYTES (TILE * DIM * 2)
 #define STAGE_BYTES (2 * MATRIX_BYTES)
 #define PAIRS_A_LANE (DIM / 128 + (DIM < 128))
+#if CASCADE
+#define ROWS_MAX 256
+// What is divided between blocks: the rows, each behind what it shares, and lots of rows that share.
+#define ENTRIES_MAX (ROWS_MAX + ROWS_MAX / 2)
+#else
 #define ROWS_MAX 512
+#define ENTRIES_MAX ROWS_MAX
+#endif
 #define STAGES_MAX 48
 // Padded, so that the heads' rows begin in different banks.
 #define Q_STRIDE (DIM + 8)
@@ -22,15 +29,45 @@ struct Args {
     float *partial; int *arrived;
     int rows, pages_a_row, page_shift, q_heads, kv_heads, stages, window, early;
     float q_eps, q_shift, k_eps, k_shift, scale, soft_cap;
+#if CASCADE
+    const int *lot_rows;   // [lots, lot_size], -1 behind a lot's rows
+    const int *lot_tokens; // [lots], whole tiles; 0 for a lot that is not there
+    const int *covered;    // [rows]: the tokens of a row's lot; 0 without one
+    float *halves;         // [rows, q_heads, own and shared, PARTIAL_STRIDE]
+    int *joined;           // [rows, kv_heads]: halves that are there
+    int lots, lot_size;
+#endif
 };
 
+#if CASCADE
+// Whether an entry is a row's own tokens and not a lot's shared ones.
+__device__ __forceinline__ bool is_own(const Args &a, int entry) { return entry < a.rows; }
+// The row of a lot's member; -1 where there is none.
+__device__ __forceinline__ int member(const Args &a, int entry, int i) { return a.lot_rows[(entry - a.rows) * a.lot_size + i]; }
+#endif
+
 // What a block takes of a unit: tiles `first..last` of the row's `tiles`, counted from its first seen one.
+// With CASCADE, a `row` is an entry: one of the rows, or behind them one of the lots.
 struct Segment { int row, kv_head, kv_len, first, last, tiles, seen_from; };
+
+// The entries, the query heads of unit `s`, and those that have a place in a warp's sums.
+#if CASCADE
+#define ENTRIES (a.rows + a.lots)
+#define UNIT_HEADS (group * (is_own(a, s.row) ? 1 : a.lot_size))
+#define SUM_HEADS 16
+#else
+#define ENTRIES a.rows
+#define UNIT_HEADS group
+#define SUM_HEADS group
+#endif
 
 // All rows: the tiles before each one for one KV head, its length, its slot. And this block's tiles, in
 // the order in which it takes them: those of a unit that goes on in the next block first.
 struct Work {
     const int *before, *lens, *slots;
+#if CASCADE
+    const int *skipped;
+#endif
     int rows, kv_heads, from, to, share, window, ahead;
 
     __device__ __forceinline__ int tiles() const { return to - from; }
@@ -54,22 +91,34 @@ struct Work {
         int inside = position - before[s.row] * kv_heads;
         s.kv_head = inside / s.tiles, s.first = inside % s.tiles;
         s.last = min(s.tiles, s.first + to - position);
+#if CASCADE
+        s.seen_from = skipped[s.row];
+#else
         s.seen_from = window > 0 ? max(0, s.kv_len - window) / TILE : 0;
+#endif
         return s;
     }
 };
 
 // Fills the rows and divides the tiles. Every thread calls it.
-__device__ __forceinline__ Work divide(const Args &a, int *before, int *lens, int *slots) {
+__device__ __forceinline__ Work divide(const Args &a, int *before, int *lens, int *slots, int *skipped) {
     __shared__ int warp_sums[WARPS];
     int thread = threadIdx.x, warp = thread / 32, lane = thread & 31, total = 0;
-    for (int base = 0; base < a.rows; base += WARPS * 32) {
+    for (int base = 0; base < ENTRIES; base += WARPS * 32) {
         int row = base + thread, mine = 0;
-        bool has = thread < WARPS * 32 && row < a.rows;
+        bool has = thread < WARPS * 32 && row < ENTRIES;
         if (has) {
+#if CASCADE
+            int len = is_own(a, row) ? a.kv_len[row] : a.lot_tokens[row - a.rows];
+            lens[row] = len;
+            slots[row] = len > 0 ? a.slots[is_own(a, row) ? row : member(a, row, 0)] : 0;
+            skipped[row] = is_own(a, row) && len > 0 ? a.covered[row] / TILE : 0;
+            mine = (len + TILE - 1) / TILE - skipped[row];
+#else
             int len = a.kv_len[row];
             lens[row] = len, slots[row] = a.slots[row];
             mine = (len + TILE - 1) / TILE - (a.window > 0 ? max(0, len - a.window) / TILE : 0);
+#endif
         }
         int sum = mine;
 #pragma unroll
@@ -88,12 +137,16 @@ __device__ __forceinline__ Work divide(const Args &a, int *before, int *lens, in
         if (has) before[row] = ahead + sum - mine;
         __syncthreads();
     }
-    if (thread == 0) before[a.rows] = total;
+    if (thread == 0) before[ENTRIES] = total;
     __syncthreads();
     // So few blocks that each warp of theirs has a tile.
     int all = total * a.kv_heads, share = max(WARPS, (all + int(gridDim.x) - 1) / int(gridDim.x));
     int from = min(all, int(blockIdx.x) * share), to = min(all, from + share);
-    Work work = {before, lens, slots, a.rows, a.kv_heads, from, to, share, a.window, 0};
+#if CASCADE
+    Work work = {before, lens, slots, skipped, ENTRIES, a.kv_heads, from, to, share, a.window, 0};
+#else
+    Work work = {before, lens, slots, ENTRIES, a.kv_heads, from, to, share, a.window, 0};
+#endif
     if (from == to) return work;
     Segment end = work.at(to - from - 1);
     if (end.last < end.tiles) work.ahead = max(0, to - end.last - from);

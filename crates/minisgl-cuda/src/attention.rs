@@ -3,9 +3,9 @@
 use minisgl_tensor::{Attention, BackendError, DType, Heads, Result, RopeStore, Tensor};
 
 use crate::backend::CudaBackend;
-use crate::choice::PrefillKernel;
+use crate::choice::{Card, PrefillKernel};
 use crate::device::{Launch, address_of};
-use crate::kernels::Module;
+use crate::kernels::{Key, Module};
 use crate::tiles::Matrix;
 
 /// As `Args` in `kernels/attention.cu`.
@@ -97,8 +97,8 @@ impl CudaBackend {
             scale: a.scale,
             soft_cap: a.soft_cap.unwrap_or(0.0),
         };
-        // The decode kernel holds one token's whole group in a tile of 16.
-        let decode_rows = if self.exact || group > 16 { 0 } else { batch.decode_rows };
+        let decode_rows =
+            if decodes_as_prefill(self.card(), heads) { 0 } else { batch.decode_rows };
         if decode_rows > first_row {
             self.split_decode(&mut args, decode_rows, heads)?;
         }
@@ -109,17 +109,13 @@ impl CudaBackend {
         }
         args.first_row = first_row as i32;
         if self.attention.prefill != PrefillKernel::Mma
-            && self.has_warpgroups()
-            && takes_tiles(heads, batch.page_size)
+            && self.card().prefills_by_warpgroups(heads, batch.page_size)
         {
             return self.prefill(a, &args, rows);
         }
         let longest = batch.extend_len_max.max(1);
-        let function = self.kernels.get(
-            Module::Attention,
-            &[("DIM", heads.dim as i32), ("DECODE", 0)],
-            "attention",
-        )?;
+        let (module, defines) = tiled_variant(heads);
+        let function = self.kernels.get(module, &defines, "attention")?;
         let blocks = if self.exact {
             (longest * heads.q).div_ceil(4)
         } else {
@@ -142,15 +138,8 @@ impl CudaBackend {
         args.partial =
             self.scratch("attention", DType::F32, &[units * splits * 16 * (dim + 2)])?.address();
         args.arrived = self.scratch("attention arrivals", DType::I32, &[units])?.address();
-        let function = self.kernels.get(
-            Module::Attention,
-            &[
-                ("DIM", dim as i32),
-                ("DECODE", 1),
-                ("HALVES", if heads.q / heads.kv <= 8 { 1 } else { 2 }),
-            ],
-            "attention",
-        )?;
+        let (module, defines) = split_variant(heads);
+        let function = self.kernels.get(module, &defines, "attention")?;
         let shape = Launch { grid: [kv_heads, splits, rows], threads: 128, shared: 0, cluster: 1 };
         // SAFETY: as in `attention_op`.
         unsafe { self.device.launch_struct(function, shape, args) }
@@ -163,8 +152,8 @@ impl CudaBackend {
         let pairs = a.batch.extend_len_max.max(1) * (heads.q / heads.kv);
         let items = pairs.div_ceil(PAIRS) * rows * heads.kv;
         let (rows, items_i32, nowhere) = (rows as i32, items as i32, cache_rows as i32);
-        let function =
-            self.kernels.get(Module::Prefill, &[("DIM", heads.dim as i32)], "prefill")?;
+        let (module, defines) = prefill_variant(heads);
+        let function = self.kernels.get(module, &defines, "prefill")?;
         let shape = Launch {
             grid: [items.min(self.device.multiprocessors), 1, 1],
             threads: 384,
@@ -183,11 +172,27 @@ impl CudaBackend {
         // SAFETY: the kernel's parameters in order; the maps cover the cache, the rest is the step's.
         unsafe { self.device.launch_raw(function, shape, &mut words) }
     }
+}
 
-    /// Whether the card has the products of four warps, which 9.0 has and 10.0 has no more.
-    pub(crate) fn has_warpgroups(&self) -> bool {
-        !self.exact && self.device.capability == (9, 0)
-    }
+/// Whether rows of one token go the way of those of many: the decode kernels hold one token's whole
+/// group in a tile of 16.
+pub(crate) fn decodes_as_prefill(card: Card, heads: Heads) -> bool {
+    card.exact || heads.q / heads.kv > 16
+}
+
+/// The variants of `kernels/attention.cu` for rows of many tokens, and of one.
+pub(crate) fn tiled_variant(heads: Heads) -> Key {
+    (Module::Attention, vec![("DIM", heads.dim as i32), ("DECODE", 0)])
+}
+
+pub(crate) fn split_variant(heads: Heads) -> Key {
+    let halves = if heads.q / heads.kv <= 8 { 1 } else { 2 };
+    (Module::Attention, vec![("DIM", heads.dim as i32), ("DECODE", 1), ("HALVES", halves)])
+}
+
+/// The variant of `kernels/prefill.cu`.
+pub(crate) fn prefill_variant(heads: Heads) -> Key {
+    (Module::Prefill, vec![("DIM", heads.dim as i32)])
 }
 
 /// K or V as the bulk copy engine sees it: boxes of a page, or of so many of its rows.

@@ -8,13 +8,13 @@ use std::time::Instant;
 
 use cudarc::driver::{result, sys};
 use minisgl_tensor::{
-    Activation, Adjust, Attention, AttentionLayer, Backend, DType, Download, Embed, Graph,
+    Activation, Adjust, Attention, AttentionLayer, Backend, DType, Download, Embed, Graph, Heads,
     HostTensor, Linear, Logprobs, Mark, MemoryInfo, Mlp, Moe, Norm, Precision, Result, RopeStore,
     Sample, Tensor, Weight,
 };
 
 use crate::ahead::{Ahead, Next};
-use crate::choice::AttentionKernels;
+use crate::choice::{AttentionKernels, Card, ModelAttention};
 use crate::clock::Clock;
 use crate::device::{Arg, Device, Function, Launch, args, driver, fail};
 use crate::fault::Fault;
@@ -31,6 +31,16 @@ pub struct CudaOptions {
     pub device: usize,
     /// `Native`: bf16 activations. `Exact`: f32 everywhere, without tf32.
     pub precision: Precision,
+    /// The model's attention: its kernels are compiled with the others. Without it the fastest that can
+    /// run are compiled when they are first needed.
+    pub attention: Option<ModelAttention>,
+}
+
+impl CudaOptions {
+    /// A card at a precision, and nothing else said.
+    pub fn new(device: usize, precision: Precision) -> Self {
+        Self { device, precision, attention: None }
+    }
 }
 
 /// What takes matrix products with bf16 weights.
@@ -70,20 +80,25 @@ impl CudaBackend {
     /// Opens a card and compiles (or finds) the kernels that every model needs.
     ///
     /// # Errors
-    /// If the driver, NVRTC or cuBLASLt is missing, the card is, or it is older than 8.0.
+    /// If the driver, NVRTC or cuBLASLt is missing, the card is, or it is older than 8.0; or if
+    /// attention kernels were asked for by name that cannot run here.
     pub fn new(options: CudaOptions) -> Result<Self> {
         let started = Instant::now();
         let device = Arc::new(Device::open(options.device)?);
         tracing::info!(seconds = started.elapsed().as_secs_f64(), "the card is open");
         let exact = options.precision == Precision::Exact;
+        let card = Card { exact, capability: device.capability };
+        let attention = options.attention.as_ref();
+        attention.map_or(Ok(()), |attention| attention.check(card))?;
         let kernels = Kernels::new(&device, exact)?;
         let mut modules = vec![(Module::Elementwise, vec![]), (Module::Sample, vec![])];
         if !exact {
             modules.extend(crate::linear::gemv_variants(device.capability.0 >= 9));
         }
-        if !exact && device.capability == (9, 0) {
+        if card.has_warpgroups() {
             modules.extend(crate::narrow::narrow_variants());
         }
+        modules.extend(attention.map(|attention| attention.modules(card)).into_iter().flatten());
         kernels.prepare(&modules)?;
         tracing::info!(seconds = started.elapsed().as_secs_f64(), "kernels are compiled");
         let gemm = Gemm::new(&device)?;
@@ -104,7 +119,7 @@ impl CudaBackend {
             device,
             kernels,
             exact,
-            attention: AttentionKernels::default(),
+            attention: attention.map_or_else(Default::default, |attention| attention.kernels),
             fault: Fault::from_environment(),
             ahead,
             scratch: Mutex::default(),
@@ -114,6 +129,10 @@ impl CudaBackend {
             clusters_at_once: OnceLock::new(),
             pending: Mutex::default(),
         })
+    }
+
+    pub(crate) fn card(&self) -> Card {
+        Card { exact: self.exact, capability: self.device.capability }
     }
 
     pub(crate) fn dtype(&self) -> DType {
@@ -419,6 +438,10 @@ impl Backend for CudaBackend {
 
     fn attention(&self, args: &Attention<'_>, qkv: &Tensor, out: &Tensor) -> Result<()> {
         self.attention_from(0, args, qkv, out)
+    }
+
+    fn prefix_rows_max(&self, heads: Heads) -> usize {
+        self.lot_size(heads)
     }
 
     fn rope_attention(

@@ -5,8 +5,11 @@ use std::str::FromStr;
 
 use minisgl_tensor::{BackendError, Heads, Result};
 
-use crate::attention::takes_tiles;
-use crate::backend::CudaBackend;
+use crate::attention::{
+    decodes_as_prefill, prefill_variant, split_variant, takes_tiles, tiled_variant,
+};
+use crate::decode::stream_variant;
+use crate::kernels::Key;
 
 /// The kernels of rows that extend by many tokens, and of those that extend by one. Written
 /// `PREFILL,DECODE`, or `auto` for both.
@@ -40,14 +43,17 @@ pub enum DecodeKernel {
     Split,
     /// Tiles of all rows in one stream from the bulk copy engine (`kernels/decode.cu`).
     Stream,
+    /// As `Stream`, and what rows share of their contexts is read once for several of them.
+    Cascade,
 }
 
 const PREFILL: [(&str, PrefillKernel); 3] =
     [("auto", PrefillKernel::Auto), ("mma", PrefillKernel::Mma), ("wgmma", PrefillKernel::Wgmma)];
-const DECODE: [(&str, DecodeKernel); 3] = [
+const DECODE: [(&str, DecodeKernel); 4] = [
     ("auto", DecodeKernel::Auto),
     ("split", DecodeKernel::Split),
     ("stream", DecodeKernel::Stream),
+    ("cascade", DecodeKernel::Cascade),
 ];
 
 fn named<T: Copy>(names: &[(&str, T)], name: &str) -> Option<T> {
@@ -71,7 +77,7 @@ impl FromStr for AttentionKernels {
             prefill: named(&PREFILL, prefill)
                 .ok_or_else(|| format!("prefill is auto, mma or wgmma, not {prefill}"))?,
             decode: named(&DECODE, decode)
-                .ok_or_else(|| format!("decode is auto, split or stream, not {decode}"))?,
+                .ok_or_else(|| format!("decode is auto, split, stream or cascade, not {decode}"))?,
         })
     }
 }
@@ -82,20 +88,45 @@ impl fmt::Display for AttentionKernels {
     }
 }
 
-impl CudaBackend {
-    /// Takes these attention kernels, for a model with such heads and pages of so many tokens.
-    ///
+/// What attends in the model that a backend will run.
+#[derive(Clone, Copy, Debug)]
+pub struct ModelAttention {
+    /// Which kernels.
+    pub kernels: AttentionKernels,
+    /// The model's heads.
+    pub heads: Heads,
+    /// Tokens in a page.
+    pub page_size: usize,
+}
+
+/// What decides which kernels can run.
+#[derive(Clone, Copy)]
+pub(crate) struct Card {
+    pub(crate) exact: bool,
+    /// Compute capability: `(9, 0)`.
+    pub(crate) capability: (i32, i32),
+}
+
+impl Card {
+    /// Whether it has the products of four warps, which 9.0 has and 10.0 has no more.
+    pub(crate) fn has_warpgroups(self) -> bool {
+        !self.exact && self.capability == (9, 0)
+    }
+
+    /// Whether `kernels/prefill.cu` takes such heads and pages.
+    pub(crate) fn prefills_by_warpgroups(self, heads: Heads, page_size: usize) -> bool {
+        self.has_warpgroups() && takes_tiles(heads, page_size)
+    }
+}
+
+impl ModelAttention {
     /// # Errors
-    /// If one was asked for by name that the card, the heads or the pages do not allow.
-    pub fn with_attention(
-        mut self,
-        kernels: AttentionKernels,
-        heads: Heads,
-        page_size: usize,
-    ) -> Result<Self> {
+    /// If kernels were asked for by name that the card, the heads or the pages do not allow.
+    pub(crate) fn check(&self, card: Card) -> Result<()> {
+        let Self { kernels, heads, page_size } = *self;
         let refuse = |name: &str, needs: &str| {
-            let (major, minor) = self.device.capability;
-            let precision = if self.exact { "float32, " } else { "" };
+            let (major, minor) = card.capability;
+            let precision = if card.exact { "float32, " } else { "" };
             let message = format!(
                 "--attn {name} needs {needs}; here: {precision}compute capability \
                  {major}.{minor}, {} query heads a KV head, heads of {}, pages of {page_size}",
@@ -104,20 +135,41 @@ impl CudaBackend {
             );
             Err(BackendError::Unsupported(message.into()))
         };
-        if kernels.prefill == PrefillKernel::Wgmma
-            && !(self.has_warpgroups() && takes_tiles(heads, page_size))
+        if kernels.prefill == PrefillKernel::Wgmma && !card.prefills_by_warpgroups(heads, page_size)
         {
             let needs = "bfloat16, compute capability 9.0, heads of 64 or 128, and pages of a power \
                          of two, at least 8";
             return refuse("wgmma", needs);
         }
-        if kernels.decode == DecodeKernel::Stream && !self.can_stream_decode(heads, page_size) {
+        if kernels.decode == DecodeKernel::Stream && !card.streams_decode(heads, page_size) {
             let needs = "bfloat16, compute capability 9.0 or 10.0, up to 16 query heads a KV head of \
                          64, 128 or 256, and pages of a power of two, at least 16";
             return refuse("stream", needs);
         }
-        self.attention = kernels;
-        Ok(self)
+        if kernels.decode == DecodeKernel::Cascade && !card.cascades(heads, page_size) {
+            let needs = "bfloat16, compute capability 9.0 or 10.0, up to 8 query heads a KV head of \
+                         64, 128 or 256, and pages of a power of two, at least 16";
+            return refuse("cascade", needs);
+        }
+        Ok(())
+    }
+
+    /// The kernel files that such a model's steps take, as long as no step has more rows than the
+    /// fastest of them can.
+    pub(crate) fn modules(&self, card: Card) -> Vec<Key> {
+        let Self { kernels, heads, page_size } = *self;
+        let by_warpgroups =
+            kernels.prefill != PrefillKernel::Mma && card.prefills_by_warpgroups(heads, page_size);
+        let prefill = if by_warpgroups { prefill_variant(heads) } else { tiled_variant(heads) };
+        let decode = match kernels.decode {
+            _ if decodes_as_prefill(card, heads) => None,
+            DecodeKernel::Split => Some(split_variant(heads)),
+            _ if !card.streams_decode(heads, page_size) => Some(split_variant(heads)),
+            _ => Some(stream_variant(heads, false)),
+        };
+        let cascade = kernels.decode == DecodeKernel::Cascade;
+        let cascade = cascade.then(|| stream_variant(heads, true));
+        [Some(prefill), decode, cascade].into_iter().flatten().collect()
     }
 }
 
@@ -131,10 +183,57 @@ mod tests {
         assert_eq!("wgmma,split".parse(), Ok(both));
         assert_eq!(both.to_string(), "wgmma,split");
         assert_eq!("auto".parse(), Ok(AttentionKernels::default()));
+        let cascade = AttentionKernels { decode: DecodeKernel::Cascade, ..Default::default() };
+        assert_eq!("auto,cascade".parse(), Ok(cascade));
         for (text, says) in [("fa", "PREFILL,DECODE"), ("mma,fi", "not fi"), ("fa,split", "not fa")]
         {
             let error = text.parse::<AttentionKernels>().unwrap_err();
             assert!(error.contains(says), "{error}");
         }
+    }
+
+    fn model(kernels: &str, q: usize, kv: usize, dim: usize, page_size: usize) -> ModelAttention {
+        let heads = Heads { q, kv, dim };
+        ModelAttention { kernels: kernels.parse().unwrap(), heads, page_size }
+    }
+
+    const H200: Card = Card { exact: false, capability: (9, 0) };
+
+    #[test]
+    fn the_kernels_of_a_model_are_known_before_it_runs() {
+        let names = |model: ModelAttention, card: Card| -> Vec<String> {
+            let modules = model.modules(card);
+            modules.iter().map(|(module, defines)| format!("{module:?} {defines:?}")).collect()
+        };
+        let qwen = |kernels| model(kernels, 16, 8, 128, 16);
+        let (prefill, stream) =
+            ("Prefill [(\"DIM\", 128)]", "Decode [(\"DIM\", 128), (\"HALVES\", 1)]");
+        assert_eq!(names(qwen("auto"), H200), [prefill, stream]);
+        assert_eq!(
+            names(qwen("auto,cascade"), H200),
+            [prefill, stream, "Decode [(\"DIM\", 128), (\"HALVES\", 2), (\"CASCADE\", 1)]"]
+        );
+        let tiled = "Attention [(\"DIM\", 128), (\"DECODE\", 0)]";
+        let split = "Attention [(\"DIM\", 128), (\"DECODE\", 1), (\"HALVES\", 1)]";
+        let old = Card { capability: (8, 0), ..H200 };
+        assert_eq!(names(qwen("auto"), old), [tiled, split]);
+        assert_eq!(names(qwen("mma,split"), H200), [tiled, split]);
+        assert_eq!(names(qwen("auto"), Card { exact: true, ..H200 }), [tiled]);
+        assert_eq!(names(model("auto", 32, 1, 128, 16), H200), [prefill]);
+    }
+
+    #[test]
+    fn kernels_that_cannot_run_are_refused_with_what_they_need() {
+        for (kernels, q, card) in [
+            ("auto,cascade", 72, H200),
+            ("auto,cascade", 16, Card { capability: (8, 6), ..H200 }),
+            ("auto,stream", 16, Card { exact: true, ..H200 }),
+            ("wgmma,auto", 16, Card { capability: (10, 0), ..H200 }),
+        ] {
+            let error = model(kernels, q, 8, 128, 16).check(card).unwrap_err().to_string();
+            let name = kernels.split(',').find(|name| *name != "auto").unwrap();
+            assert!(error.contains(&format!("--attn {name} needs")), "{error}");
+        }
+        assert!(model("wgmma,cascade", 16, 8, 128, 16).check(H200).is_ok());
     }
 }

@@ -4,9 +4,9 @@ use minisgl_tensor::{Attention, DType, Heads, Result, RopeStore, Tensor};
 
 use crate::attention::page_matrix;
 use crate::backend::{CudaBackend, norm_args};
-use crate::choice::DecodeKernel;
+use crate::choice::{Card, DecodeKernel};
 use crate::device::{Launch, address_of, fail};
-use crate::kernels::Module;
+use crate::kernels::{Key, Module};
 
 /// As `Args` in `kernels/decode.cu`.
 #[repr(C)]
@@ -38,11 +38,26 @@ struct Args {
     k_shift: f32,
     scale: f32,
     soft_cap: f32,
+    /// From here on for lots of rows that share a prefix; the kernel without them takes what is above.
+    lots: Lots,
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct Lots {
+    rows: u64,
+    tokens: u64,
+    covered: u64,
+    halves: u64,
+    joined: u64,
+    count: i32,
+    size: i32,
 }
 
 /// As in `kernels/decode.cu`.
 const TILE: usize = 16;
 const ROWS_MAX: usize = 512;
+const CASCADE_ROWS_MAX: usize = 256;
 const STAGES_MAX: usize = 48;
 /// With more rows than `FEW_ROWS`, merging larger groups costs more than this kernel gains (measured
 /// on an H200 with Qwen3-14B's groups of 5).
@@ -64,11 +79,10 @@ struct Block {
 }
 
 impl Block {
-    /// None where heads are too large for so many in a group.
-    fn new(Heads { q, kv, dim }: Heads, rows: usize, capability: (i32, i32)) -> Option<Self> {
+    /// For units of up to `heads` query heads of `dim`. None where they are too large.
+    fn new(heads: usize, dim: usize, rows: usize, capability: (i32, i32)) -> Option<Self> {
         let warps = if dim <= 128 && capability.0 < 10 { 8 } else { 6 };
-        let group = q / kv;
-        let behind = 2 * 8 * halves(group) * (dim + 8) * 2 + warps * group * (dim + 8) * 4 + 1024;
+        let behind = 2 * 8 * halves(heads) * (dim + 8) * 2 + warps * heads * (dim + 8) * 4 + 1024;
         let wanted = if rows <= FEW_ROWS { FEW_ROWS_TILE_BYTES } else { TILE_BYTES };
         let stage = 2 * TILE * dim * 2;
         let bytes = wanted.max(stage * warps).min(SHARED_BYTES.checked_sub(behind)?);
@@ -78,29 +92,81 @@ impl Block {
     }
 }
 
-/// Of a product's 16 rows, how many times 8 a group takes.
-fn halves(group: usize) -> usize {
-    group.div_ceil(8)
+/// Of a product's 16 rows, how many times 8 so many heads take.
+fn halves(heads: usize) -> usize {
+    heads.div_ceil(8)
+}
+
+/// The variant of the kernel: for rows each by itself, or for lots of rows, too.
+pub(crate) fn stream_variant(Heads { q, kv, dim }: Heads, cascade: bool) -> Key {
+    let halves = if cascade { 2 } else { halves(q / kv) };
+    let mut defines = vec![("DIM", dim as i32), ("HALVES", halves as i32)];
+    defines.extend(cascade.then_some(("CASCADE", 1)));
+    (Module::Decode, defines)
+}
+
+impl Card {
+    /// Whether `kernels/decode.cu` can take such heads and pages at all.
+    pub(crate) fn streams_decode(self, heads: Heads, page_size: usize) -> bool {
+        let group = heads.q / heads.kv;
+        !self.exact
+            // 12.0 has too little shared memory.
+            && matches!(self.capability.0, 9 | 10)
+            && matches!(heads.dim, 64 | 128 | 256)
+            && group <= GROUP_MAX
+            && page_size.is_power_of_two()
+            && page_size >= TILE
+            && Block::new(group, heads.dim, ROWS_MAX, self.capability).is_some()
+    }
+
+    /// Whether it can take several rows at once through a prefix that they share.
+    pub(crate) fn cascades(self, heads: Heads, page_size: usize) -> bool {
+        self.streams_decode(heads, page_size)
+            && lot_size(heads) > 1
+            && Block::new(GROUP_MAX, heads.dim, ROWS_MAX, self.capability).is_some()
+    }
+}
+
+/// Rows whose groups fill the 16 rows of a product.
+fn lot_size(heads: Heads) -> usize {
+    GROUP_MAX / (heads.q / heads.kv)
 }
 
 impl CudaBackend {
     /// Whether `kernels/decode.cu` takes a step's decode rows.
     pub(crate) fn takes_decode(&self, a: &Attention<'_>) -> bool {
         self.attention.decode != DecodeKernel::Split
-            && self.can_stream_decode(a.heads, a.batch.page_size)
+            && self.card().streams_decode(a.heads, a.batch.page_size)
             && a.batch.decode_rows <= ROWS_MAX
     }
 
-    /// Whether it can at all, with such heads and pages.
-    pub(crate) fn can_stream_decode(&self, heads: Heads, page_size: usize) -> bool {
-        !self.exact
-            // 12.0 has too little shared memory.
-            && matches!(self.device.capability.0, 9 | 10)
-            && matches!(heads.dim, 64 | 128 | 256)
-            && heads.q / heads.kv <= GROUP_MAX
-            && page_size.is_power_of_two()
-            && page_size >= TILE
-            && Block::new(heads, ROWS_MAX, self.device.capability).is_some()
+    /// As `Backend::prefix_rows_max`.
+    pub(crate) fn lot_size(&self, heads: Heads) -> usize {
+        // That the pages are what it takes was made sure of when the kernel was chosen.
+        let can = self.card().cascades(heads, TILE);
+        if self.attention.decode == DecodeKernel::Cascade && can { lot_size(heads) } else { 1 }
+    }
+
+    /// What the step's rows share, where its attention is to make use of that.
+    fn lots(&self, a: &Attention<'_>) -> Result<Option<Lots>> {
+        let (Heads { q, kv, dim }, rows) = (a.heads, a.batch.decode_rows);
+        let Some(shared) = &a.batch.shared else { return Ok(None) };
+        let size = shared.rows.row_len();
+        // A window leaves out most of what is shared.
+        if rows > CASCADE_ROWS_MAX || a.window.is_some() || size != self.lot_size(a.heads) {
+            return Ok(None);
+        }
+        let halves = self.scratch("cascade halves", DType::F32, &[rows * q * 2 * (dim + 4)])?;
+        let joined = self.scratch("cascade joins", DType::I32, &[rows * kv])?;
+        Ok(Some(Lots {
+            rows: shared.rows.address(),
+            tokens: shared.tokens.address(),
+            covered: shared.covered.address(),
+            halves: halves.address(),
+            joined: joined.address(),
+            count: shared.tokens.elements() as i32,
+            size: size as i32,
+        }))
     }
 
     /// The first `decode_rows` rows of a step, each of one token.
@@ -112,10 +178,16 @@ impl CudaBackend {
         out: &Tensor,
     ) -> Result<()> {
         let (batch, Heads { q, kv, dim }) = (a.batch, a.heads);
-        let (rows, group) = (batch.decode_rows, q / kv);
+        let rows = batch.decode_rows;
         let blocks = self.device.lanes.attention_blocks(self.device.multiprocessors);
-        let Block { warps, stages, shared } = Block::new(a.heads, rows, self.device.capability)
-            .ok_or_else(|| fail(format!("{:?} do not fit the decode kernel", a.heads)))?;
+        let lots = self.lots(a)?;
+        let (module, defines) = stream_variant(a.heads, lots.is_some());
+        let unit_heads = if lots.is_some() { GROUP_MAX } else { q / kv };
+        let lots = lots.unwrap_or_default();
+        let units = (rows + lots.count as usize) * kv;
+        let Block { warps, stages, shared } =
+            Block::new(unit_heads, dim, rows, self.device.capability)
+                .ok_or_else(|| fail(format!("{:?} do not fit the decode kernel", a.heads)))?;
         let (q_norm, q_eps, q_shift) = norm_args(store.q_norm);
         let (k_norm, k_eps, k_shift) = norm_args(store.k_norm);
         let args = Args {
@@ -131,7 +203,7 @@ impl CudaBackend {
             q_norm,
             k_norm,
             partial: self.scratch("decode", DType::F32, &[blocks * 2 * 16 * (dim + 4)])?.address(),
-            arrived: self.scratch("decode arrivals", DType::I32, &[rows * kv])?.address(),
+            arrived: self.scratch("decode arrivals", DType::I32, &[units])?.address(),
             rows: rows as i32,
             pages_a_row: batch.page_table.row_len() as i32,
             page_shift: batch.page_size.ilog2() as i32,
@@ -147,9 +219,9 @@ impl CudaBackend {
             k_shift,
             scale: a.scale,
             soft_cap: a.soft_cap.unwrap_or(0.0),
+            lots,
         };
-        let defines = [("DIM", dim as i32), ("HALVES", halves(group) as i32)];
-        let function = self.kernels.get(Module::Decode, &defines, "decode")?;
+        let function = self.kernels.get(module, &defines, "decode")?;
         let map = |pages| page_matrix(pages, a, TILE).map_parts();
         let (k, v) = (map(&a.kv.k)?, map(&a.kv.v)?);
         let shape = Launch { grid: [blocks, 1, 1], threads: 32 * (warps + 2), shared, cluster: 1 };

@@ -79,7 +79,7 @@ impl Module {
 }
 
 /// A module and what it is specialised by: `("DIM", 128)`.
-type Key = (Module, Vec<(&'static str, i32)>);
+pub(crate) type Key = (Module, Vec<(&'static str, i32)>);
 
 /// The kernels of one card, compiled when first asked for.
 pub(crate) struct Kernels {

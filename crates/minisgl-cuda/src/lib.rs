@@ -38,7 +38,7 @@ mod tuning;
 mod weights;
 
 pub use backend::{CudaBackend, CudaOptions, Products};
-pub use choice::{AttentionKernels, DecodeKernel, PrefillKernel};
+pub use choice::{AttentionKernels, DecodeKernel, ModelAttention, PrefillKernel};
 pub use collective::{GroupOptions, Transport, group};
 pub use device::devices;
 pub use kernels::{Module, compile};

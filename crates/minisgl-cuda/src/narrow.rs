@@ -88,7 +88,7 @@ impl CudaBackend {
     pub(crate) fn prefers_narrow(&self, a: &Linear<'_>, gated: bool, out: &Tensor) -> bool {
         let (weight, rows) = (tensor(a.weight), a.x.dim(0));
         let rows_max = if gated || a.norm.is_some() { NORMED_ROWS_MAX } else { ROWS_MAX };
-        self.has_warpgroups()
+        self.card().has_warpgroups()
             && self.products() == Products::Narrow
             && (GEMV_ROWS_MAX + 1..=rows_max).contains(&rows)
             && weight.elements() <= ELEMENTS_MAX

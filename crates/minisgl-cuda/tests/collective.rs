@@ -37,7 +37,7 @@ fn try_open(
     transport: Transport,
     seconds: u64,
 ) -> Result<Vec<Rank>> {
-    let open = |&device| Arc::new(CudaBackend::new(CudaOptions { device, precision }).unwrap());
+    let open = |&device| Arc::new(CudaBackend::new(CudaOptions::new(device, precision)).unwrap());
     let backends: Vec<_> = cards.iter().map(open).collect();
     let options = GroupOptions { timeout: Duration::from_secs(seconds), transport };
     let ends = group(&backends, options)?;

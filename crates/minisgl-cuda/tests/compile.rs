@@ -55,6 +55,8 @@ fn kernels_compile_without_spills() {
                 let defines = [("DIM", dim), ("HALVES", halves)];
                 check(Module::Decode, &defines, arch, false, dim < 256);
             }
+            let defines = [("DIM", dim), ("HALVES", 2), ("CASCADE", 1)];
+            check(Module::Decode, &defines, arch, false, dim < 256);
         }
         for (dim, group) in [(128, 2), (64, 2), (128, 6)].into_iter().filter(|_| arch != "sm_80") {
             let defines = [

@@ -105,6 +105,7 @@ fn run(b: &CudaBackend, case: &Case, fused: bool, in_graph: bool) -> [Vec<f64>; 
         host: Some(Arc::new(HostBatch { query_start: starts, kv_len: lens.to_vec() })),
         kv_len_max: PAGES_A_ROW * PAGE,
         extend_len_max: 1,
+        shared: None,
     };
     let rope = b.alloc(DType::F32, &[PAGES_A_ROW * PAGE, dim]).unwrap();
     let angles: Vec<u8> = (0..PAGES_A_ROW * PAGE)
@@ -174,7 +175,7 @@ fn half_layers_are_the_sum_of_their_parts() {
     if minisgl_cuda::devices().is_empty() {
         return eprintln!("half layers: skipped, no CUDA device on this machine");
     }
-    let b = CudaBackend::new(CudaOptions { device: 0, precision: Precision::Native }).unwrap();
+    let b = CudaBackend::new(CudaOptions::new(0, Precision::Native)).unwrap();
     let qwen = Heads { q: 16, kv: 8, dim: 128 };
     let narrow = Heads { q: 4, kv: 2, dim: 64 };
     let wide = Heads { q: 12, kv: 2, dim: 128 };

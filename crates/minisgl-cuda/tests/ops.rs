@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use half::bf16;
-use minisgl_cuda::{CudaBackend, CudaOptions, Products};
+use minisgl_cuda::{CudaBackend, CudaOptions, ModelAttention, Products};
 use minisgl_tensor::*;
 
 struct Rng(u64);
@@ -35,10 +35,7 @@ fn rigs(test: &str) -> Vec<Rig> {
         .into_iter()
         .map(|precision| {
             eprintln!("{test}: {precision:?}, seed {seed}");
-            Rig {
-                b: CudaBackend::new(CudaOptions { device: 0, precision }).unwrap(),
-                rng: Rng(seed),
-            }
+            Rig { b: CudaBackend::new(CudaOptions::new(0, precision)).unwrap(), rng: Rng(seed) }
         })
         .collect()
 }
@@ -291,6 +288,35 @@ struct Case<'a> {
     rows: &'a [(usize, usize)],
     window: Option<usize>,
     soft_cap: Option<f32>,
+    /// Decode rows that begin with the same pages, and how many.
+    shared: &'a [(Vec<usize>, usize)],
+}
+
+impl Case<'_> {
+    /// Whose page it is that a row has as its `i`th.
+    fn owner(&self, row: usize, i: usize) -> usize {
+        let shares = |(rows, pages): &&(Vec<usize>, usize)| rows.contains(&row) && i < *pages;
+        self.shared.iter().find(shares).map_or(row, |(rows, _)| rows[0])
+    }
+
+    /// In lots of `size`, as an engine has them, with two lots more that are not there.
+    fn lots(&self, r: &Rig, size: usize, decode_rows: usize) -> SharedPrefixes {
+        let (mut rows, mut tokens, mut covered) = (vec![], vec![], vec![0; decode_rows]);
+        for (together, pages) in self.shared {
+            for lot in together.chunks(size).filter(|lot| lot.len() > 1) {
+                tokens.push((pages * self.page_size) as i32);
+                rows.extend((0..size).map(|i| lot.get(i).map_or(-1, |row| *row as i32)));
+                lot.iter().for_each(|row| covered[*row] = (pages * self.page_size) as i32);
+            }
+        }
+        rows.extend(vec![-1; 2 * size]);
+        tokens.extend([0, 0]);
+        SharedPrefixes {
+            rows: r.ints(&rows, &[tokens.len(), size]),
+            tokens: r.ints(&tokens, &[tokens.len()]),
+            covered: r.ints(&covered, &[decode_rows]),
+        }
+    }
 }
 
 #[test]
@@ -316,15 +342,70 @@ fn rope_and_attention() {
                 (8, Some(40), None),
                 (3, Some(7), None),
             ] {
-                attention_case(&mut r, &Case { heads, page_size, rows: mixed, window, soft_cap });
+                let case = Case { heads, page_size, rows: mixed, window, soft_cap, shared: &[] };
+                attention_case(&mut r, &case);
             }
         }
         let many: &[(usize, usize)] = &[(1500, 1); 20];
         let short: Vec<(usize, usize)> = (0..300).map(|i| (i % 41, 1)).collect();
         for rows in [many, &short, &[(1000, 1)]] {
             for heads in [h(4, 2, 128), h(10, 2, 128), h(24, 2, 64)] {
-                let case = Case { heads, page_size: 16, rows, window: None, soft_cap: None };
+                let case =
+                    Case { heads, page_size: 16, rows, window: None, soft_cap: None, shared: &[] };
                 attention_case(&mut r, &case);
+            }
+        }
+    }
+}
+
+/// Rows that share a prefix, read once for several of them (`--attn auto,cascade`).
+#[test]
+fn decodes_over_shared_prefixes() {
+    if rigs("shared prefixes").is_empty() {
+        return;
+    }
+    let h = |q, kv, dim| Heads { q, kv, dim };
+    for heads in [h(16, 8, 128), h(10, 2, 128), h(8, 1, 64), h(3, 3, 64), h(8, 2, 256)] {
+        for page_size in [16, 64] {
+            let kernels = "auto,cascade".parse().unwrap();
+            let attention = Some(ModelAttention { kernels, heads, page_size });
+            let precision = Precision::Native;
+            let backend = match CudaBackend::new(CudaOptions { device: 0, precision, attention }) {
+                Ok(backend) => backend,
+                // Cards that do not have the kernel.
+                Err(BackendError::Unsupported(why)) => {
+                    eprintln!("shared prefixes: skipped: {why}");
+                    return;
+                }
+                Err(error) => panic!("{error}"),
+            };
+            let seed = 1 + page_size as u64 + heads.q as u64;
+            let mut r = Rig { b: backend, rng: Rng(seed) };
+            let size = r.b.prefix_rows_max(heads);
+            assert_eq!(size, 16 / (heads.q / heads.kv));
+            shared_cases(&mut r, heads, page_size);
+        }
+    }
+}
+
+fn shared_cases(r: &mut Rig, heads: Heads, page_size: usize) {
+    // Two prefixes, one of many rows and one of two; rows of which one has no token of its own but the
+    // new one, rows that share nothing; and behind the decodes prompts.
+    let mut rows: Vec<(usize, usize)> = (0..19).map(|i| (128 + i * 13, 1)).collect();
+    rows.extend([(0, 1), (640 + 3, 1), (700, 1), (640, 1), (0, 77), (50, 33)]);
+    let many = (0..19).filter(|row| *row != 7).collect();
+    let mixed = [(many, 128 / page_size), (vec![20, 22], 640 / page_size)];
+    // A batch that fills the card, and one prefix for all of it.
+    let full: Vec<(usize, usize)> = (0..130).map(|i| (192 + i % 50, 1)).collect();
+    let whole = [((0..130).collect(), 192 / page_size)];
+    // Few rows, so that units are spread over many blocks.
+    let few = [(960 + 100, 1), (960 + 1, 1), (960 + 333, 1)];
+    let three = [(vec![0, 1, 2], 960 / page_size)];
+    for (rows, shared) in [(&rows[..], &mixed[..]), (&full, &whole), (&few, &three)] {
+        for soft_cap in [None, Some(2.0)] {
+            // A window is another kernel's, whatever is shared.
+            for window in [None, Some(40)] {
+                attention_case(r, &Case { heads, page_size, rows, window, soft_cap, shared });
             }
         }
     }
@@ -340,7 +421,7 @@ fn attention_case(r: &mut Rig, case: &Case<'_>) {
     let width = case.heads.qkv_width();
     // Pages of a row lie in reverse order behind each other; slots are reversed, too.
     let slot = |row: usize| rows - 1 - row;
-    let page = |row: usize, i: usize| slot(row) * per_row + (per_row - 1 - i) + 1;
+    let page = |row: usize, i: usize| slot(case.owner(row, i)) * per_row + (per_row - 1 - i) + 1;
     let at =
         |row: usize, p: usize| page(row, p / case.page_size) * case.page_size + p % case.page_size;
     let mut table = vec![0i32; rows * per_row];
@@ -391,7 +472,11 @@ fn attention_case(r: &mut Rig, case: &Case<'_>) {
         host: Some(Arc::new(HostBatch { query_start: start.clone(), kv_len })),
         kv_len_max: longest,
         extend_len_max: case.rows.iter().map(|x| x.1).max().unwrap(),
+        shared: None,
     };
+    let lot_size = r.b.prefix_rows_max(case.heads);
+    let lots = (lot_size > 1).then(|| case.lots(r, lot_size, batch.decode_rows));
+    let batch = Batch { shared: lots, ..batch };
     let kv = KvLayer { k: kt, v: vt };
     let norm = |weight: &Weight| Norm { weight: weight.clone(), eps: 1e-6, plus_one: false };
     let rope = r.f32s(&angles).reshape(&[longest, dim]);

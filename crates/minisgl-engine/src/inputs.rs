@@ -5,7 +5,9 @@ use std::sync::Arc;
 
 use anyhow::Result;
 use minisgl_scheduler::plan::{PageUpdate, RowInput, RowOutput, StepPlan};
-use minisgl_tensor::{Backend, BackendError, Batch, DType, HostBatch, Sample, Tensor};
+use minisgl_tensor::{
+    Backend, BackendError, Batch, DType, HostBatch, Sample, SharedPrefixes, Tensor,
+};
 
 use crate::workspace::{StepSizes, Workspace};
 
@@ -24,6 +26,8 @@ pub struct Inputs {
     pages_per_slot: usize,
     page_size: usize,
     seq_len_max: usize,
+    /// As `Backend::prefix_rows_max`, for this rank's heads.
+    prefix_rows_max: usize,
 }
 
 /// A step as the device sees it.
@@ -96,10 +100,13 @@ impl Inputs {
         sizes: StepSizes,
         page_size: usize,
         seq_len_max: usize,
+        prefix_rows_max: usize,
     ) -> Result<Self> {
         let pages_per_slot = seq_len_max.div_ceil(page_size);
         // Three values a token, three a row for the batch, nine for sampling, and the updates.
-        let capacity = 3 * sizes.tokens + 12 * sizes.rows + 2 * UPDATES_MAX + 32 * ALIGN;
+        let values = 3 * sizes.tokens + 12 * sizes.rows + 2 * UPDATES_MAX + 32 * ALIGN;
+        // Where rows share prefixes: one value a row, and in lots of two rows one a lot and its places.
+        let capacity = values + sizes.rows * (2 + prefix_rows_max.div_ceil(2));
         Ok(Self {
             host: Vec::new(),
             device: backend.alloc(DType::I32, &[capacity])?,
@@ -108,6 +115,7 @@ impl Inputs {
             pages_per_slot,
             page_size,
             seq_len_max,
+            prefix_rows_max,
         })
     }
 
@@ -141,8 +149,13 @@ impl Inputs {
         backend: &dyn Backend,
         bucket: usize,
     ) -> Result<StepInputs, BackendError> {
-        let plan =
-            StepPlan { step: 0, rows: Vec::new(), page_updates: Vec::new(), adjustments: None };
+        let plan = StepPlan {
+            step: 0,
+            rows: Vec::new(),
+            page_updates: Vec::new(),
+            adjustments: None,
+            shared_prefixes: vec![],
+        };
         self.upload(backend, &plan, Some(bucket))
     }
 
@@ -194,15 +207,17 @@ impl Inputs {
         let query_start = packer.push(starts.iter().copied());
         let kv_lens = rows.iter().map(|row| row.device_len() as i32);
         let kv_len = packer.push_padded(kv_lens, pad, 0);
+        let decode_rows = match bucket {
+            Some(bucket) => bucket,
+            None => rows.iter().take_while(|row| row.extend_len == 1).count(),
+        };
+        let shared = self.pack_shared(&mut packer, plan, decode_rows);
         let host_batch =
             HostBatch { query_start: starts, kv_len: packer.0[kv_len.clone()].to_vec() };
         let batch = Batch {
             rows: rows.len().max(pad),
             tokens: plan.tokens().max(pad),
-            decode_rows: match bucket {
-                Some(bucket) => bucket,
-                None => rows.iter().take_while(|row| row.extend_len == 1).count(),
-            },
+            decode_rows,
             slots: self.view(slots),
             query_start: self.view(query_start),
             kv_len: self.view(kv_len),
@@ -216,8 +231,43 @@ impl Inputs {
             },
             extend_len_max: rows.iter().map(|row| row.extend_len as usize).max().unwrap_or(1),
             host: Some(Arc::new(host_batch)),
+            shared,
         };
         self.pack_sampling(packer, plan, batch, self.view(ids))
+    }
+
+    /// Deals rows that share a prefix into lots. There is room for the most lots that so many rows can
+    /// be, so that a graph finds every step's in the same place.
+    fn pack_shared(
+        &self,
+        packer: &mut Packer<'_>,
+        plan: &StepPlan,
+        decode_rows: usize,
+    ) -> Option<SharedPrefixes> {
+        let (lots_max, lot_size) = (decode_rows / 2, self.prefix_rows_max);
+        if lot_size < 2 || lots_max == 0 {
+            return None;
+        }
+        let (mut lot_rows, mut lot_tokens) = (Vec::new(), Vec::new());
+        let mut covered = vec![0; decode_rows];
+        for prefix in &plan.shared_prefixes {
+            let tokens = prefix.pages as i32 * self.page_size as i32;
+            for lot in prefix.rows.chunks(lot_size).filter(|lot| lot.len() > 1) {
+                lot_tokens.push(tokens);
+                let end = lot_rows.len() + lot_size;
+                lot_rows.extend(lot.iter().map(|row| *row as i32));
+                lot_rows.resize(end, -1);
+                lot.iter().for_each(|row| covered[*row as usize] = tokens);
+            }
+        }
+        let rows = packer.push_padded(lot_rows, lots_max * lot_size, -1);
+        let tokens = packer.push_padded(lot_tokens, lots_max, 0);
+        let covered = packer.push(covered);
+        Some(SharedPrefixes {
+            rows: self.view(rows).reshape(&[lots_max, lot_size]),
+            tokens: self.view(tokens),
+            covered: self.view(covered),
+        })
     }
 
     fn pack_sampling(
@@ -286,5 +336,63 @@ fn input_ids(row: &minisgl_scheduler::plan::PlanRow) -> Vec<i32> {
     match &row.input {
         RowInput::Tokens(ids) => ids.iter().map(|id| *id as i32).collect(),
         RowInput::Sampled => vec![-1 - row.slot.0 as i32],
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use minisgl_cpu::{CpuBackend, CpuOptions};
+    use minisgl_scheduler::plan::{PlanRow, SharedPrefix, Slot};
+
+    fn integers(backend: &CpuBackend, tensor: &Tensor) -> Vec<i32> {
+        let bytes = backend.download(tensor).unwrap().wait().unwrap();
+        bytemuck::allocation::pod_collect_to_vec(&bytes)
+    }
+
+    /// A graph is recorded over padding, and must find every later step's lots where it found that.
+    #[test]
+    fn lots_of_a_bucket_always_lie_in_the_same_place() {
+        let cpu = CpuOptions { threads: Some(1), ..CpuOptions::default() };
+        let backend = CpuBackend::new(cpu).unwrap();
+        let sizes = StepSizes { tokens: 16, rows: 8 };
+        let mut inputs = Inputs::new(&backend, sizes, 4, 64, 3).unwrap();
+        let recorded = inputs.upload_padding(&backend, 8).unwrap().batch.shared.unwrap();
+        assert_eq!(integers(&backend, &recorded.rows), [-1; 12]);
+        assert_eq!(integers(&backend, &recorded.tokens), [0; 4]);
+        assert_eq!(integers(&backend, &recorded.covered), [0; 8]);
+
+        let row = |slot| PlanRow {
+            slot: Slot(slot),
+            cached_len: 30,
+            extend_len: 1,
+            input: RowInput::Sampled,
+            output: RowOutput::None,
+        };
+        let plan = StepPlan {
+            step: 0,
+            rows: (0..7).map(row).collect(),
+            page_updates: Vec::new(),
+            adjustments: None,
+            // Four rows in lots of three leave one that has nobody to share with.
+            shared_prefixes: vec![
+                SharedPrefix { rows: vec![0, 2, 3, 6], pages: 5 },
+                SharedPrefix { rows: vec![1, 4], pages: 7 },
+            ],
+        };
+        let shared = inputs.upload(&backend, &plan, Some(8)).unwrap().batch.shared.unwrap();
+        for (now, then) in [
+            (&shared.rows, &recorded.rows),
+            (&shared.tokens, &recorded.tokens),
+            (&shared.covered, &recorded.covered),
+        ] {
+            assert_eq!((now.address(), now.shape()), (then.address(), then.shape()));
+        }
+        assert_eq!(integers(&backend, &shared.rows)[..6], [0, 2, 3, 1, 4, -1]);
+        assert_eq!(integers(&backend, &shared.rows)[6..], [-1; 6]);
+        assert_eq!(integers(&backend, &shared.tokens), [20, 28, 0, 0]);
+        assert_eq!(integers(&backend, &shared.covered), [20, 28, 20, 20, 28, 0, 0, 0]);
+        // One row shares with nobody, and takes the way of a backend that does not ask.
+        assert!(inputs.upload_padding(&backend, 1).unwrap().batch.shared.is_none());
     }
 }

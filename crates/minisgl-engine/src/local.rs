@@ -13,6 +13,7 @@ use minisgl_tensor::{Backend, Collective};
 
 use crate::checkpoint::Checkpoint;
 use crate::kv::KvBudget;
+use crate::layers::Attention;
 use crate::options::EngineOptions;
 use crate::rank::{LoadedRank, Rank, RankDevices};
 use crate::sampler::Collected;
@@ -30,6 +31,8 @@ pub struct LocalEngine {
     limits: EngineLimits,
     failure: Failure,
     launched: u64,
+    /// What the ranks' attention takes at once, each of its own heads: what the least of them does.
+    prefix_rows_max: usize,
     /// What ranks may be waiting for, to let go of them when the engine ends.
     adjustments: Vec<Weak<AdjustmentsCell>>,
 }
@@ -118,6 +121,10 @@ impl LocalEngine {
         let shares: Vec<Shares> = (0..all.max(1))
             .map(|rank| Shares::new(config, blocks, rank, all))
             .collect::<Result<_>>()?;
+        let prefix_rows_max = ranks.iter().zip(&shares).map(|((backend, _), shares)| {
+            backend.prefix_rows_max(Attention::heads(config, shares))
+        });
+        let prefix_rows_max = prefix_rows_max.min().unwrap_or(1);
         let starting: Vec<StartingRank> = ranks
             .into_iter()
             .zip(shares)
@@ -151,7 +158,7 @@ impl LocalEngine {
         }
         limits.pages = pages;
         let ranks = starting.into_iter().map(|rank| rank.thread).collect();
-        Ok(Self { ranks, limits, failure, launched: 0, adjustments: Vec::new() })
+        Ok(Self { ranks, limits, failure, launched: 0, prefix_rows_max, adjustments: Vec::new() })
     }
 }
 
@@ -188,6 +195,10 @@ impl Engine for LocalEngine {
 
     fn limits(&self) -> EngineLimits {
         self.limits
+    }
+
+    fn prefix_rows_max(&self) -> usize {
+        self.prefix_rows_max
     }
 }
 

@@ -81,7 +81,13 @@ impl LoadedRank {
         };
         Ok(Self {
             workspace: Workspace::new(backend, &config, &shares, sizes)?,
-            inputs: Inputs::new(backend, sizes, options.page_size, seq_len_max)?,
+            inputs: Inputs::new(
+                backend,
+                sizes,
+                options.page_size,
+                seq_len_max,
+                backend.prefix_rows_max(Attention::heads(&config, &shares)),
+            )?,
             score_inputs: backend.alloc(DType::I32, &[2, sizes.rows])?,
             graph_batch_max: options.graph_batch_max.min(sizes.rows),
             two_batch_min: options.two_batch_min,

@@ -57,7 +57,7 @@ fn start(
     options: EngineOptions,
 ) -> LocalEngine {
     let precision = options.precision;
-    let open = |&device| Arc::new(CudaBackend::new(CudaOptions { device, precision }).unwrap());
+    let open = |&device| Arc::new(CudaBackend::new(CudaOptions::new(device, precision)).unwrap());
     let backends: Vec<_> = cards.iter().map(open).collect();
     let ends: Vec<Arc<dyn Collective>> = match cards.len() {
         1 => vec![Arc::new(Alone)],
@@ -89,7 +89,13 @@ fn generate(engine: &mut LocalEngine, prompt: &[u32], count: usize) -> Vec<u32> 
             output: RowOutput::Sample(Arc::new(params.clone())),
         };
         let page_updates = pages.map(page).collect();
-        Arc::new(StepPlan { step: 0, rows: vec![row], page_updates, adjustments: None })
+        Arc::new(StepPlan {
+            step: 0,
+            rows: vec![row],
+            page_updates,
+            adjustments: None,
+            shared_prefixes: vec![],
+        })
     };
     let first = step(0, prompt.len(), RowInput::Tokens(prompt.to_vec()));
     let mut in_flight = engine.launch(first).unwrap();

@@ -69,7 +69,7 @@ fn plan(rows: Vec<PlanRow>) -> Arc<StepPlan> {
                 })
             })
             .collect();
-    Arc::new(StepPlan { step: 0, rows, page_updates, adjustments: None })
+    Arc::new(StepPlan { step: 0, rows, page_updates, adjustments: None, shared_prefixes: vec![] })
 }
 
 fn run(engine: &mut LocalEngine, rows: Vec<PlanRow>) -> Result<StepResult, EngineError> {

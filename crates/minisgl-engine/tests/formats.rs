@@ -63,7 +63,8 @@ fn generate(path: &Path, prompt: &[u32], ranks: usize) -> Vec<u32> {
             _ => Vec::new(),
         };
         let rows = vec![PlanRow { slot: Slot(0), cached_len, extend_len, input, output }];
-        let plan = StepPlan { step: 0, rows, page_updates, adjustments: None };
+        let plan =
+            StepPlan { step: 0, rows, page_updates, adjustments: None, shared_prefixes: vec![] };
         let in_flight = engine.launch(Arc::new(plan)).unwrap();
         engine.wait(in_flight).unwrap().tokens[0].unwrap()
     };

@@ -99,7 +99,13 @@ impl Driver {
             .iter()
             .flat_map(|r| self.pages(r.slot.0, r.cached_len as usize, r.device_len() as usize))
             .collect();
-        let plan = StepPlan { step: self.step, rows, page_updates, adjustments: None };
+        let plan = StepPlan {
+            step: self.step,
+            rows,
+            page_updates,
+            adjustments: None,
+            shared_prefixes: vec![],
+        };
         self.step += 1;
         let in_flight = self.engine.launch(Arc::new(plan)).unwrap();
         self.engine.wait(in_flight).unwrap()

@@ -30,12 +30,13 @@ impl StepObserver for Recorder {
     fn text(&self, _: Instant, _: Duration, _: usize) {}
 }
 
-fn measure(page_size: usize) -> Vec<(Duration, Duration)> {
+/// `prefix_rows_max` is what the engine asks for, and then requests begin with the same `shared` tokens.
+fn measure(page_size: usize, prefix_rows_max: usize, shared: u32) -> Vec<(Duration, Duration)> {
     let limits = EngineLimits {
         page_size,
-        pages: 1024 * ROWS / page_size,
+        pages: 2048 * ROWS / page_size,
         slots: ROWS,
-        seq_len_max: 1024,
+        seq_len_max: 2048,
         step_tokens_max: 8192,
         vocab_size: 32_000,
     };
@@ -43,7 +44,9 @@ fn measure(page_size: usize) -> Vec<(Duration, Duration)> {
     for id in 0..ROWS as u64 {
         let request = NewRequest {
             id: RequestId(id),
-            prompt: (0..100).map(|at| (id as u32 * 31 + at * 7) % 32_000).collect(),
+            prompt: (0..shared)
+                .chain((0..100).map(|at| (id as u32 * 31 + at * 7) % 32_000))
+                .collect(),
             params: SamplingParams { max_tokens: 800, ..SamplingParams::default() },
             prompt_logprobs: None,
             constraint: None,
@@ -54,6 +57,7 @@ fn measure(page_size: usize) -> Vec<(Duration, Duration)> {
     let engine = FakeEngine::new(FakeOptions {
         limits,
         next_token: NextToken::Position,
+        prefix_rows_max,
         ..FakeOptions::default()
     });
     let recorder = Arc::new(Recorder::default());
@@ -66,18 +70,22 @@ fn measure(page_size: usize) -> Vec<(Duration, Duration)> {
 fn main() {
     println!("{ROWS} decodes a step, microseconds (median, 99th percentile)");
     for page_size in [1, 16, 64] {
-        let times = measure(page_size);
-        let percentile = |share: f64, of: fn(&(Duration, Duration)) -> Duration| {
-            let mut sorted: Vec<_> = times.iter().map(of).collect();
-            sorted.sort_unstable();
-            sorted[((sorted.len() - 1) as f64 * share) as usize].as_nanos() as f64 / 1000.0
-        };
-        let row = |name, of| {
-            let (median, high) = (percentile(0.5, of), percentile(0.99, of));
-            println!("  page size {page_size:>2}  {name}  {median:>6.1}  {high:>6.1}");
-        };
-        row("plan  ", |times| times.0);
-        row("commit", |times| times.1);
-        row("both  ", |times| times.0 + times.1);
+        for (name, prefix_rows_max, shared) in
+            [("", 1, 0), ("shared prefix", 1, 512), ("shared prefix, told", 8, 512)]
+        {
+            let times = measure(page_size, prefix_rows_max, shared);
+            let percentile = |share: f64, of: fn(&(Duration, Duration)) -> Duration| {
+                let mut sorted: Vec<_> = times.iter().map(of).collect();
+                sorted.sort_unstable();
+                sorted[((sorted.len() - 1) as f64 * share) as usize].as_nanos() as f64 / 1000.0
+            };
+            let row = |what, of| {
+                let (median, high) = (percentile(0.5, of), percentile(0.99, of));
+                println!("  page size {page_size:>2}  {what}  {median:>6.1}  {high:>6.1}  {name}");
+            };
+            row("plan  ", |times| times.0);
+            row("commit", |times| times.1);
+            row("both  ", |times| times.0 + times.1);
+        }
     }
 }

@@ -39,6 +39,11 @@ pub trait PrefixCache: Send {
     /// Gives the least recently used unlocked pages back, at most `pages`; returns how many.
     fn evict(&mut self, pages: usize, pool: &mut PagePool) -> usize;
 
+    /// For each of the sequences that end at `ends`, with how many pages it had best be taken together
+    /// with others that begin with the same ones, if up to `lot` sequences can be: where these pages
+    /// end, and their number.
+    fn shared(&mut self, ends: &[NodeId], lot: usize) -> Vec<Option<(NodeId, usize)>>;
+
     /// Pages owned.
     fn cached_pages(&self) -> usize;
 

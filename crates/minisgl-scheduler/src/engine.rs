@@ -18,6 +18,12 @@ pub trait Engine {
 
     /// What the engine can hold.
     fn limits(&self) -> EngineLimits;
+
+    /// How many decodes it takes through a prefix at once that they share; 1 if plans need not say
+    /// which do.
+    fn prefix_rows_max(&self) -> usize {
+        1
+    }
 }
 
 /// What an engine can hold; fixed when it was built.

@@ -27,6 +27,8 @@ pub struct FakeOptions {
     pub step_time: (Duration, Duration),
     /// The step that fails, if one does, and with it all that follow.
     pub fail_at: Option<u64>,
+    /// As [`Engine::prefix_rows_max`]. What plans then say is checked, not used.
+    pub prefix_rows_max: usize,
 }
 
 impl Default for FakeOptions {
@@ -43,6 +45,7 @@ impl Default for FakeOptions {
             next_token: NextToken::Hash,
             step_time: (Duration::ZERO, Duration::ZERO),
             fail_at: None,
+            prefix_rows_max: 1,
         }
     }
 }
@@ -186,6 +189,10 @@ impl Engine for FakeEngine {
     fn limits(&self) -> EngineLimits {
         self.options.limits
     }
+
+    fn prefix_rows_max(&self) -> usize {
+        self.options.prefix_rows_max
+    }
 }
 
 /// What a step computes.
@@ -193,6 +200,9 @@ impl FakeEngine {
     fn compute(&mut self, plan: &StepPlan) -> StepResult {
         for update in &plan.page_updates {
             self.page_table[update.slot.0 as usize][update.index as usize] = update.page.0;
+        }
+        if !matches!(self.options.next_token, NextToken::Position) {
+            self.check_shared(plan);
         }
         // As in every layer of a model: all rows store before any row reads.
         for row in &plan.rows {
@@ -213,6 +223,41 @@ impl FakeEngine {
             result.scores.push(self.scores(row));
         }
         result
+    }
+
+    /// Panics where rows do not share what the plan says they do, or where the step writes to it.
+    fn check_shared(&self, plan: &StepPlan) {
+        if plan.shared_prefixes.is_empty() {
+            return;
+        }
+        assert!(self.options.prefix_rows_max > 1, "nobody asked for {:?}", plan.shared_prefixes);
+        let page_size = self.options.limits.page_size;
+        let writes = |row: &PlanRow| row.cached_len as usize / page_size;
+        let written: HashSet<u32> = plan
+            .rows
+            .iter()
+            .flat_map(|row| {
+                let pages = writes(row)..(row.device_len() as usize).div_ceil(page_size);
+                &self.page_table[row.slot.0 as usize][pages]
+            })
+            .copied()
+            .collect();
+        let mut rows_seen = HashSet::new();
+        for prefix in &plan.shared_prefixes {
+            let pages = prefix.pages as usize;
+            assert!(prefix.rows.len() > 1 && prefix.rows.is_sorted() && pages > 0, "{prefix:?}");
+            let row_of = |index: &u32| &plan.rows[*index as usize];
+            let first = &self.page_table[row_of(&prefix.rows[0]).slot.0 as usize][..pages];
+            assert!(!first.contains(&UNWRITTEN), "{prefix:?}");
+            assert!(first.iter().all(|page| !written.contains(page)), "{prefix:?} is written");
+            for index in &prefix.rows {
+                let row = row_of(index);
+                assert!(rows_seen.insert(*index), "row {index} has two prefixes");
+                assert!(plan.rows[..*index as usize].iter().all(|row| row.extend_len == 1));
+                assert!(row.extend_len == 1 && pages <= writes(row), "{prefix:?} of {row:?}");
+                assert_eq!(&self.page_table[row.slot.0 as usize][..pages], first, "{prefix:?}");
+            }
+        }
     }
 
     fn place(&self, row: &PlanRow, position: u32) -> usize {

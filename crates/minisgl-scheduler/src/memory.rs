@@ -1,8 +1,10 @@
 //! The KV cache as running requests use it: a pool of pages with a prefix cache over it.
 
+use std::collections::HashMap;
+
 use crate::cache::{CacheType, NodeId, PrefixCache};
 use crate::pages::{PageLease, PagePool};
-use crate::plan::PageId;
+use crate::plan::{PageId, SharedPrefix};
 
 /// Free pages + cached pages + leased pages = all pages.
 pub struct KvMemory {
@@ -132,6 +134,27 @@ impl KvMemory {
         holding.node = self.cache.append(node, tokens, &mut holding.leases);
         holding.shared_pages += leases_before - holding.leases.len();
         duplicates
+    }
+
+    /// Of these holdings, those that had best be taken together, and the pages that they begin with,
+    /// if up to `lot` of them can be.
+    pub fn shared_prefixes<'a>(
+        &mut self,
+        holdings: impl Iterator<Item = &'a Holding>,
+        lot: usize,
+    ) -> Vec<SharedPrefix> {
+        let ends: Vec<NodeId> = holdings.map(|holding| holding.node).collect();
+        let mut prefixes: Vec<SharedPrefix> = Vec::new();
+        let mut place_of = HashMap::new();
+        for (row, group) in self.cache.shared(&ends, lot).into_iter().enumerate() {
+            let Some((end, pages)) = group else { continue };
+            let place = *place_of.entry(end).or_insert(prefixes.len());
+            if place == prefixes.len() {
+                prefixes.push(SharedPrefix { rows: Vec::new(), pages: pages as u32 });
+            }
+            prefixes[place].rows.push(row as u32);
+        }
+        prefixes
     }
 
     /// Takes a request's pages back; those that were published stay cached.

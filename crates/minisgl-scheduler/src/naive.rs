@@ -30,6 +30,10 @@ impl PrefixCache for NaiveCache {
         0
     }
 
+    fn shared(&mut self, ends: &[NodeId], _lot: usize) -> Vec<Option<(NodeId, usize)>> {
+        vec![None; ends.len()]
+    }
+
     fn cached_pages(&self) -> usize {
         0
     }

@@ -33,6 +33,18 @@ pub struct StepPlan {
     /// What sampling must wait for, when some row's logits depend on the token before
     /// (grammar masks, penalties). `None` when no row asks for it, and then nobody waits.
     pub adjustments: Option<Arc<AdjustmentsCell>>,
+    /// Decodes that had best read their first pages together. Empty unless the engine asks for it
+    /// ([`Engine::prefix_rows_max`](crate::engine::Engine::prefix_rows_max)).
+    pub shared_prefixes: Vec<SharedPrefix>,
+}
+
+/// Rows that begin with the same pages.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SharedPrefix {
+    /// Two or more decodes, by their index in the plan, ascending. No row has two prefixes.
+    pub rows: Vec<u32>,
+    /// So many first pages are the same in all of these rows' page tables, and older than the step.
+    pub pages: u32,
 }
 
 impl StepPlan {

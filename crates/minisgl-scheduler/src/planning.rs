@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::engine::Engine;
 use crate::message::OutputSink;
-use crate::plan::{PageUpdate, PlanRow, Slot, StepPlan};
+use crate::plan::{PageUpdate, PlanRow, SharedPrefix, Slot, StepPlan};
 use crate::running::Phase;
 use crate::scheduler::Scheduler;
 use crate::stats::add;
@@ -32,6 +32,7 @@ impl<E: Engine, S: OutputSink> Scheduler<E, S> {
         for slot in self.running.slots() {
             self.plan_decode(slot, has_room_ahead, &mut draft);
         }
+        let shared_prefixes = self.shared_prefixes(&draft);
         for slot in self.running.slots() {
             self.plan_chunk(slot, &mut draft);
         }
@@ -53,7 +54,20 @@ impl<E: Engine, S: OutputSink> Scheduler<E, S> {
             rows: draft.rows,
             page_updates: draft.page_updates,
             adjustments: draft.adjusted.then(Arc::default),
+            shared_prefixes,
         })
+    }
+
+    /// What the decodes have in common. All of that is in pages before the step: what the cache has of a
+    /// request's tokens is computed, and its newest is not.
+    fn shared_prefixes(&mut self, decodes: &Draft) -> Vec<SharedPrefix> {
+        let lot = self.engine.prefix_rows_max();
+        if lot < 2 || decodes.rows.len() < 2 {
+            return Vec::new();
+        }
+        let running = &self.running;
+        let holdings = decodes.rows.iter().map(|row| &running.get(row.slot).holding);
+        self.memory.shared_prefixes(holdings, lot)
     }
 
     /// Preempts the newest requests until every decode has, or is about to get, the pages for this

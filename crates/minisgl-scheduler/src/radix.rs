@@ -4,6 +4,8 @@
 //! Programs", 2024). All operations take time in the length of the tokens they are given, and
 //! O(log n) in the number of nodes.
 
+mod shared;
+
 use std::collections::{BTreeSet, HashMap};
 use std::mem;
 
@@ -38,6 +40,7 @@ pub struct RadixCache {
     clock: u64,
     cached_pages: usize,
     evictable_pages: usize,
+    tally: shared::Tally,
 }
 
 impl RadixCache {
@@ -52,6 +55,7 @@ impl RadixCache {
             clock: 0,
             cached_pages: 0,
             evictable_pages: 0,
+            tally: shared::Tally::default(),
         }
     }
 
@@ -220,6 +224,10 @@ impl PrefixCache for RadixCache {
         self.cached_pages -= evicted;
         self.evictable_pages -= evicted;
         evicted
+    }
+
+    fn shared(&mut self, ends: &[NodeId], lot: usize) -> Vec<Option<(NodeId, usize)>> {
+        RadixCache::shared(self, ends, lot)
     }
 
     fn cached_pages(&self) -> usize {

@@ -133,7 +133,13 @@ fn pages_add_up_in_a_storm_of_disconnects() {
         }
     };
     // What comes before the first step.
-    let nothing = StepPlan { step: 0, rows: vec![], page_updates: vec![], adjustments: None };
+    let nothing = StepPlan {
+        step: 0,
+        rows: vec![],
+        page_updates: vec![],
+        adjustments: None,
+        shared_prefixes: vec![],
+    };
     (0..5).for_each(|_| hook(&nothing));
     let engine = Hooked { engine: engine(tight()), on_launch: hook, on_wait: |_: &StepPlan| {} };
     let served = serve_from(receiver, engine, options());

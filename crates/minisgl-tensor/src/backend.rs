@@ -128,6 +128,11 @@ pub trait Backend: Send + Sync {
     /// Causal attention of each row's queries over its pages, `cached_len + extend_len` long,
     /// the row's own tokens included. Reads Q from `qkv`; `out [tokens, q_heads·head_dim]`.
     fn attention(&self, args: &Attention<'_>, qkv: &Tensor, out: &Tensor) -> Result<()>;
+    /// How many rows attention takes through a prefix at once that they share, reading its K and V one
+    /// time for all of them: what `Batch::shared` is made of. 1 where it has no use for that.
+    fn prefix_rows_max(&self, _heads: Heads) -> usize {
+        1
+    }
     /// `rope_store`, then `attention`, of the same step and layer. A device may do both in one pass;
     /// what it leaves in `qkv` is then its own affair.
     fn rope_attention(
@@ -307,10 +312,26 @@ pub struct Batch {
     pub kv_len_max: usize,
     /// The most tokens in one row.
     pub extend_len_max: usize,
+    /// What decode rows have in common, where the backend asked for it.
+    pub shared: Option<SharedPrefixes>,
+}
+
+/// Decode rows that begin with the same tokens, in the same pages, dealt into lots of at most
+/// `Backend::prefix_rows_max`. A row is in one lot or in none. All tensors are I32.
+#[derive(Clone, Debug)]
+pub struct SharedPrefixes {
+    /// `[lots, rows a lot]`: row numbers, −1 behind a lot's last.
+    pub rows: Tensor,
+    /// `[lots]`: how many tokens a lot's rows share: whole pages, all older than the step. 0 for lots
+    /// that only fill up a graph's.
+    pub tokens: Tensor,
+    /// `[decode_rows]`: the tokens of the row's lot; 0 where it is in none.
+    pub covered: Tensor,
 }
 
 impl Batch {
-    /// Two halves of a batch of nothing but decode rows, the first of `rows` rows.
+    /// Two halves of a batch of nothing but decode rows, the first of `rows` rows. What rows share is
+    /// left out: lots go across the halves.
     ///
     /// # Panics
     /// If there are fewer rows, or rows of several tokens.
@@ -334,6 +355,7 @@ impl Batch {
                 positions: part(&self.positions),
                 store_at: part(&self.store_at),
                 host: host.map(Arc::new),
+                shared: None,
                 ..self.clone()
             }
         })

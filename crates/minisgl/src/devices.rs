@@ -5,7 +5,9 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use minisgl_cpu::{CpuBackend, CpuOptions, cores_of, physical_cores, shared_memory_group};
-use minisgl_cuda::{AttentionKernels, CudaBackend, CudaOptions, GroupOptions, Transport};
+use minisgl_cuda::{
+    AttentionKernels, CudaBackend, CudaOptions, GroupOptions, ModelAttention, Transport,
+};
 use minisgl_engine::{Checkpoint, EngineOptions, KvSize, LocalEngine, ModelConfig};
 use minisgl_tensor::{Alone, Backend, Collective, Heads, Precision};
 
@@ -77,8 +79,9 @@ fn open_ranks(
             let heads = Heads { q: config.q_heads, kv: config.kv_heads, dim: config.head_dim };
             let page_size = options.page_size.unwrap_or(EngineOptions::default().page_size);
             let open = |device| {
-                let backend = CudaBackend::new(CudaOptions { device, precision })?;
-                Ok(Arc::new(backend.with_attention(options.attn, heads, page_size)?))
+                let attention = ModelAttention { kernels: options.attn, heads, page_size };
+                let attention = Some(attention);
+                Ok(Arc::new(CudaBackend::new(CudaOptions { device, precision, attention })?))
             };
             open_cards(first, ranks, open, GroupOptions { timeout, transport })
         }

@@ -81,8 +81,9 @@ pub struct RuntimeOptions {
     #[arg(long, value_name = "REQUESTS", help_heading = "Device")]
     pub two_batch_overlap: Option<usize>,
 
-    /// Attention kernels of an NVIDIA GPU: auto, mma or wgmma for prompts, then auto, split or
-    /// stream for single tokens; auto alone takes the fastest that can run
+    /// Attention kernels of an NVIDIA GPU: auto, mma or wgmma for prompts, then auto, split, stream
+    /// or cascade for single tokens, where cascade reads a prefix that requests share once for several
+    /// of them; auto alone is never cascade, else the fastest that can run
     #[arg(
         long,
         visible_alias = "attention-backend",

@@ -20,6 +20,10 @@ pub struct Reference {
     pub embeds: AtomicUsize,
     /// Calls of `mark`.
     pub marks: AtomicUsize,
+    /// As `Backend::prefix_rows_max`, where it is not 0.
+    pub prefix_rows_max: AtomicUsize,
+    /// Rows that attention has taken through a prefix with others.
+    pub shared_rows: AtomicUsize,
     /// Reported as free memory; 0 for plenty.
     free: usize,
 }
@@ -86,6 +90,26 @@ impl Reference {
     fn i(&self, t: &Tensor) -> Vec<i32> {
         assert_eq!(t.dtype(), DType::I32);
         bytemuck::allocation::pod_collect_to_vec(&self.bytes(t))
+    }
+
+    /// For each row the tokens that it has in common with its lot, and the lot's first row.
+    fn lots(&self, b: &Batch) -> Vec<(usize, usize)> {
+        let mut lots: Vec<_> = (0..b.rows).map(|row| (0, row)).collect();
+        let Some(shared) = &b.shared else { return lots };
+        let (rows, tokens) = (self.i(&shared.rows), self.i(&shared.tokens));
+        for (members, &tokens) in rows.chunks(shared.rows.row_len()).zip(&tokens) {
+            let members: Vec<usize> =
+                members.iter().take_while(|row| **row >= 0).map(|row| *row as usize).collect();
+            assert_eq!(members.len() > 1, tokens > 0);
+            for &row in &members {
+                assert_eq!(lots[row].0, 0, "row {row} is in two lots");
+                lots[row] = (tokens as usize, members[0]);
+            }
+            self.shared_rows.fetch_add(members.len(), Ordering::SeqCst);
+        }
+        let covered: Vec<i32> = lots[..b.decode_rows].iter().map(|lot| lot.0 as i32).collect();
+        assert_eq!(self.i(&shared.covered), covered);
+        lots
     }
 
     fn put_f(&self, t: &Tensor, values: &[f32]) {
@@ -357,13 +381,19 @@ impl Backend for Reference {
         Ok(())
     }
 
+    fn prefix_rows_max(&self, _: Heads) -> usize {
+        self.prefix_rows_max.load(Ordering::SeqCst).max(1)
+    }
+
     fn attention(&self, a: &Attention<'_>, qkv: &Tensor, out: &Tensor) -> Result<()> {
         let (h, d, b) = (a.heads, a.heads.dim, a.batch);
         let (x, k, v) = (self.f(qkv), self.f(&a.kv.k), self.f(&a.kv.v));
         let (starts, lens) = (self.i(&b.query_start), self.i(&b.kv_len));
         let (slots, table) = (self.i(&b.slots), self.i(&b.page_table));
+        let lots = self.lots(b);
         let mut y = self.f(out);
         for row in 0..b.rows {
+            let (covered, first_of_lot) = lots[row];
             let tokens = starts[row] as usize..starts[row + 1] as usize;
             let base = (lens[row] as usize).saturating_sub(tokens.len());
             for t in tokens.clone().filter(|_| lens[row] > 0) {
@@ -372,6 +402,8 @@ impl Backend for Reference {
                 for head in 0..h.q {
                     let q = &x[t * h.qkv_width() + head * d..][..d];
                     let at = |pos: usize| {
+                        // What rows share is read where the first of them has it.
+                        let row = if pos < covered { first_of_lot } else { row };
                         let page =
                             table[slots[row] as usize * b.page_table.dim(1) + pos / b.page_size];
                         let head = head / (h.q / h.kv);

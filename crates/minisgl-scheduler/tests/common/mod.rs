@@ -63,8 +63,9 @@ pub fn limits() -> EngineLimits {
     }
 }
 
+/// An engine that checks its plans, and what they say of shared prefixes.
 pub fn engine(limits: EngineLimits) -> FakeEngine {
-    FakeEngine::new(FakeOptions { limits, ..FakeOptions::default() })
+    FakeEngine::new(FakeOptions { limits, prefix_rows_max: 3, ..FakeOptions::default() })
 }
 
 pub fn greedy(max_tokens: u32) -> SamplingParams {
@@ -172,6 +173,10 @@ impl<L: FnMut(&StepPlan), W: FnMut(&StepPlan)> Engine for Hooked<L, W> {
 
     fn limits(&self) -> EngineLimits {
         self.engine.limits()
+    }
+
+    fn prefix_rows_max(&self) -> usize {
+        self.engine.prefix_rows_max()
     }
 }
 

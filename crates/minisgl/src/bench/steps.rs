@@ -6,7 +6,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use minisgl_scheduler::engine::Engine;
-use minisgl_scheduler::plan::{PageId, PageUpdate, PlanRow, RowInput, RowOutput, Slot, StepPlan};
+use minisgl_scheduler::plan::{
+    PageId, PageUpdate, PlanRow, RowInput, RowOutput, SharedPrefix, Slot, StepPlan,
+};
 use minisgl_scheduler::sampling::SamplingParams;
 
 use super::PythonRandom;
@@ -16,7 +18,8 @@ const IN_FLIGHT: usize = 2;
 const ID_MAX: u32 = 10_000;
 
 /// Runs plans that it makes up. Requests lie side by side: slot `i` owns pages
-/// `i · pages_a_row ..`, so that nothing is allocated or shared.
+/// `i · pages_a_row ..`, so that nothing is allocated; and nothing is shared but, where that is wanted,
+/// the first pages of a decode's contexts, which are slot 0's.
 pub struct StepBench<E: Engine> {
     engine: E,
     step: u64,
@@ -24,6 +27,8 @@ pub struct StepBench<E: Engine> {
     random: PythonRandom,
     id_max: u32,
     sampling: Arc<SamplingParams>,
+    /// Pages that a decode's requests begin with in common.
+    shared_pages: usize,
 }
 
 impl<E: Engine> StepBench<E> {
@@ -37,7 +42,13 @@ impl<E: Engine> StepBench<E> {
             random: PythonRandom::new(0),
             id_max,
             sampling: Arc::new(SamplingParams { temperature: 0.6, ..SamplingParams::default() }),
+            shared_pages: 0,
         }
+    }
+
+    /// Has the requests of decode steps share the whole pages of their first `tokens` tokens.
+    pub fn share(&mut self, tokens: usize) {
+        self.shared_pages = tokens / self.engine.limits().page_size;
     }
 
     /// The mean time of a decode step of `batch` requests whose contexts grow from `context` by
@@ -49,7 +60,12 @@ impl<E: Engine> StepBench<E> {
         const WARM_UP: usize = 4;
         let len = context + WARM_UP + steps;
         self.check_room(batch, len)?;
-        self.fill(batch, context, len)?;
+        let shared_pages =
+            self.shared_pages.min(context.saturating_sub(1) / self.engine.limits().page_size);
+        self.fill(batch, context, len, shared_pages)?;
+        let prefix = SharedPrefix { rows: (0..batch as u32).collect(), pages: shared_pages as u32 };
+        let tells = self.engine.prefix_rows_max() > 1 && batch > 1 && shared_pages > 0;
+        let shared_prefixes: Vec<_> = tells.then_some(prefix).into_iter().collect();
         let mut started = Instant::now();
         for i in 0..WARM_UP + steps {
             if i == WARM_UP {
@@ -65,7 +81,7 @@ impl<E: Engine> StepBench<E> {
                     output: RowOutput::Sample(Arc::clone(&self.sampling)),
                 })
                 .collect();
-            self.launch(rows, Vec::new())?;
+            self.launch(rows, Vec::new(), shared_prefixes.clone())?;
         }
         self.finish()?;
         Ok(started.elapsed() / steps as u32)
@@ -78,15 +94,21 @@ impl<E: Engine> StepBench<E> {
     pub fn prefill(&mut self, prompts: usize, len: usize) -> Result<Duration> {
         self.check_room(prompts, len + 1)?;
         // The first run warms up.
-        self.fill(prompts, len, len + 1)?;
+        self.fill(prompts, len, len + 1, 0)?;
         let started = Instant::now();
-        self.fill(prompts, len, len + 1)?;
+        self.fill(prompts, len, len + 1, 0)?;
         Ok(started.elapsed())
     }
 
     /// Computes fresh prompts in steps as large as the engine takes, each row with pages for
-    /// `pages_for` tokens.
-    fn fill(&mut self, rows: usize, len: usize, pages_for: usize) -> Result<()> {
+    /// `pages_for` tokens, of which the first `shared_pages` are row 0's.
+    fn fill(
+        &mut self,
+        rows: usize,
+        len: usize,
+        pages_for: usize,
+        shared_pages: usize,
+    ) -> Result<()> {
         let limits = self.engine.limits();
         let pages = pages_for.div_ceil(limits.page_size) as u32;
         let mut plan = Vec::new();
@@ -96,9 +118,9 @@ impl<E: Engine> StepBench<E> {
             page_updates.extend((0..pages).map(|index| PageUpdate {
                 slot: Slot(row),
                 index,
-                page: PageId(row * pages + index),
+                page: PageId(if (index as usize) < shared_pages { 0 } else { row * pages } + index),
             }));
-            let mut cached_len = 0;
+            let mut cached_len = if row == 0 { 0 } else { shared_pages * limits.page_size };
             while cached_len < len {
                 let extend_len = room.min(len - cached_len);
                 let last = cached_len + extend_len == len;
@@ -117,19 +139,26 @@ impl<E: Engine> StepBench<E> {
                 cached_len += extend_len;
                 room -= extend_len;
                 if room == 0 {
-                    self.launch(std::mem::take(&mut plan), std::mem::take(&mut page_updates))?;
+                    let page_updates = std::mem::take(&mut page_updates);
+                    self.launch(std::mem::take(&mut plan), page_updates, Vec::new())?;
                     room = limits.step_tokens_max;
                 }
             }
         }
         if !plan.is_empty() {
-            self.launch(plan, page_updates)?;
+            self.launch(plan, page_updates, Vec::new())?;
         }
         self.finish()
     }
 
-    fn launch(&mut self, rows: Vec<PlanRow>, page_updates: Vec<PageUpdate>) -> Result<()> {
-        let plan = StepPlan { step: self.step, rows, page_updates, adjustments: None };
+    fn launch(
+        &mut self,
+        rows: Vec<PlanRow>,
+        page_updates: Vec<PageUpdate>,
+        shared_prefixes: Vec<SharedPrefix>,
+    ) -> Result<()> {
+        let plan =
+            StepPlan { step: self.step, rows, page_updates, adjustments: None, shared_prefixes };
         self.step += 1;
         self.in_flight.push_back(self.engine.launch(Arc::new(plan))?);
         while self.in_flight.len() >= IN_FLIGHT {
@@ -179,6 +208,10 @@ mod tests {
         cached: Vec<u32>,
         tokens: usize,
         steps: u64,
+        /// Tokens that rows may begin behind.
+        shared_tokens: u32,
+        /// Steps that say which rows share.
+        told: usize,
     }
 
     impl Engine for CheckingEngine {
@@ -190,7 +223,8 @@ mod tests {
             self.cached.resize(4, 0);
             for row in &plan.rows {
                 let cached = &mut self.cached[row.slot.0 as usize];
-                assert!(row.cached_len == *cached || row.cached_len == 0);
+                let begins = [0, self.shared_tokens].contains(&row.cached_len);
+                assert!(row.cached_len == *cached || begins);
                 *cached = row.device_len();
                 if let RowInput::Tokens(tokens) = &row.input {
                     assert_eq!(tokens.len(), row.extend_len as usize);
@@ -198,6 +232,10 @@ mod tests {
             }
             for update in &plan.page_updates {
                 assert!((update.page.0 as usize) < self.limits().pages);
+            }
+            for prefix in &plan.shared_prefixes {
+                assert_eq!((&prefix.rows[..], prefix.pages), (&[0, 1, 2][..], 3));
+                self.told += 1;
             }
             self.tokens += plan.tokens();
             self.steps += 1;
@@ -218,6 +256,10 @@ mod tests {
                 vocab_size: 50,
             }
         }
+
+        fn prefix_rows_max(&self) -> usize {
+            2
+        }
     }
 
     #[test]
@@ -227,6 +269,17 @@ mod tests {
         assert_eq!(bench.engine.tokens, 3 * (17 + 4 + 5));
         bench.prefill(2, 31).unwrap();
         assert_eq!(bench.engine.tokens, 3 * 26 + 2 * 2 * 31);
+    }
+
+    #[test]
+    fn requests_share_their_first_pages_if_wanted() {
+        let engine = CheckingEngine { shared_tokens: 12, ..CheckingEngine::default() };
+        let mut bench = StepBench::new(engine);
+        bench.share(15);
+        bench.decode(3, 17, 5).unwrap();
+        // Two of three begin behind three pages of four.
+        assert_eq!(bench.engine.tokens, 3 * (17 + 4 + 5) - 2 * 12);
+        assert_eq!(bench.engine.told, 4 + 5);
     }
 
     #[test]

@@ -25,6 +25,10 @@ pub(super) struct StepsArgs {
     #[arg(long, default_value_t = 512, value_name = "TOKENS")]
     context: usize,
 
+    /// Of that, what all requests begin with in common: whole pages
+    #[arg(long, default_value_t = 0, value_name = "TOKENS")]
+    shared_prefix: usize,
+
     /// Steps whose mean is reported
     #[arg(long, default_value_t = 128)]
     steps: usize,
@@ -52,6 +56,7 @@ impl StepsArgs {
         let checkpoint = Checkpoint::open(self.runtime.locator().locate()?)?;
         let loaded = LoadedEngine::load(checkpoint, &self.runtime)?;
         let mut bench = StepBench::new(loaded.engine);
+        bench.share(self.shared_prefix);
         let (mut text, mut decode) = (format!("{}\n", loaded.device), Vec::new());
         for &batch in &self.batch {
             let step_ms = bench.decode(batch, self.context, self.steps)?.as_secs_f64() * 1e3;
@@ -76,7 +81,8 @@ impl StepsArgs {
             return out(&text);
         }
         let result = json!({
-            "device": loaded.device, "context": self.context, "steps": self.steps,
+            "device": loaded.device, "context": self.context,
+            "shared_prefix": self.shared_prefix, "steps": self.steps,
             "decode": decode, "prefill": prefill,
         });
         out(&format!("{result}\n"))
