@@ -95,9 +95,7 @@ fn main() -> Result<()> {
     let mut batches: Vec<usize> = wanted.iter().filter_map(|w| w.parse().ok()).collect();
     let blocks = wanted.iter().filter_map(|w| w.strip_prefix("halves:"));
     let halves: Vec<usize> = blocks.filter_map(|blocks| blocks.parse().ok()).collect();
-    if let Some(mib) = wanted.iter().find_map(|w| w.strip_prefix("ahead:")?.parse::<usize>().ok()) {
-        b.set_weights_ahead(mib << 20);
-    }
+    let ahead = wanted.iter().find_map(|w| w.strip_prefix("ahead:")?.parse::<usize>().ok());
     let prefill = batches.is_empty();
     if prefill {
         batches = vec![1, 8, 16, 32, 64, 128, 256];
@@ -111,6 +109,9 @@ fn main() -> Result<()> {
         let b = CudaBackend::new(CudaOptions { attention: Some(attention), ..options })?;
         if asked("narrow") {
             b.set_products(Products::Narrow);
+        }
+        if let Some(mib) = ahead {
+            b.set_weights_ahead(mib << 20);
         }
         println!("{}: ready {:.2} s after the start", b.name(), started.elapsed().as_secs_f64());
         let model = bench(&b, shape, &batches, &halves, shared_pages)?;

@@ -158,7 +158,9 @@ fn crowd(
         };
         let page_updates = if at == 0 { (0..rows).flat_map(pages).collect() } else { Vec::new() };
         let rows = (0..rows).map(row).collect();
-        let plan = StepPlan { step: at as u64, rows, page_updates, adjustments: None };
+        let shared_prefixes = Vec::new();
+        let plan =
+            StepPlan { step: at as u64, rows, page_updates, adjustments: None, shared_prefixes };
         let in_flight = engine.launch(Arc::new(plan)).unwrap();
         engine.wait(in_flight).unwrap().tokens
     };
@@ -184,6 +186,7 @@ fn two_halves_side_by_side_give_the_tokens_of_the_whole() {
                     step_tokens_max: 2048,
                     graph_batch_max,
                     two_batch_min,
+                    note_device_times: false,
                     dummy_weights: false,
                 };
                 crowd(&mut start(&tiny, &[0], Transport::Auto, options), &tiny.prompt, 48, 12)

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use common::{Hooked, Random, engine, greedy, limits, options, prompt, request, serve, submit};
 use minisgl_scheduler::SchedulerOptions;
 use minisgl_scheduler::cache::CacheType;
-use minisgl_scheduler::engine::EngineLimits;
+use minisgl_scheduler::engine::{Engine, EngineLimits};
 use minisgl_scheduler::fake::{FakeEngine, FakeOptions};
 use minisgl_scheduler::message::{Command, NewRequest, RequestId};
 use minisgl_scheduler::plan::{SharedPrefix, StepPlan};
@@ -16,7 +16,7 @@ use minisgl_scheduler::plan::{SharedPrefix, StepPlan};
 type Noted = Arc<Mutex<Vec<(usize, Vec<SharedPrefix>)>>>;
 
 /// Notes for each step how many rows decode, and what they share.
-fn noting(engine: FakeEngine) -> (Noted, Hooked<impl FnMut(&StepPlan), impl FnMut(&StepPlan)>) {
+fn noting(engine: FakeEngine) -> (Noted, impl Engine) {
     let noted = Noted::default();
     let to = Arc::clone(&noted);
     let on_launch = move |plan: &StepPlan| {
