@@ -18,171 +18,15 @@
 // In shared memory: tiles [stage][K, V][part][16] of 128 bytes in the 128-byte swizzle, where a part is
 // 64 dimensions; of units in turn, q [2][8 · HALVES][Q_STRIDE]; the warps' sums [warp][group][SUMS_STRIDE].
 
-// A head's `DIM` numbers over a warp: lane l holds pairs l, l + 32, .. of the low half and of the high.
-struct Head {
-    float2 low[PAIRS_A_LANE], high[PAIRS_A_LANE], cosines[PAIRS_A_LANE], sines[PAIRS_A_LANE];
-
-    static __device__ bool holds(int j) { return 2 * (int(threadIdx.x & 31) + 32 * j) < DIM / 2; }
-    static __device__ int index(int j) { return 2 * ((threadIdx.x & 31) + 32 * j); }
-
-    // Reads all that it needs before it computes; a null weight is no norm.
-    __device__ void read(const bf16 *from, const float *weight, float eps, float shift, const float *angles) {
-        float2 w_low[PAIRS_A_LANE], w_high[PAIRS_A_LANE];
-        float squares = 0.f;
-#pragma unroll
-        for (int j = 0; j < PAIRS_A_LANE; j++) {
-            low[j] = high[j] = w_low[j] = w_high[j] = cosines[j] = sines[j] = make_float2(0.f, 0.f);
-            if (!holds(j)) continue;
-            int i = index(j);
-            u32 l = *(const u32 *)(from + i), h = *(const u32 *)(from + i + DIM / 2);
-            if (weight) w_low[j] = *(const float2 *)(weight + i), w_high[j] = *(const float2 *)(weight + i + DIM / 2);
-            cosines[j] = *(const float2 *)(angles + i), sines[j] = *(const float2 *)(angles + i + DIM / 2);
-            low[j] = make_float2(low_half(l), high_half(l)), high[j] = make_float2(low_half(h), high_half(h));
-        }
-        if (!weight) return;
-#pragma unroll
-        for (int j = 0; j < PAIRS_A_LANE; j++)
-            squares += low[j].x * low[j].x + low[j].y * low[j].y + high[j].x * high[j].x + high[j].y * high[j].y;
-        float factor = rsqrtf(warp_sum(squares) / DIM + eps);
-#pragma unroll
-        for (int j = 0; j < PAIRS_A_LANE; j++) {
-            low[j].x *= factor * (w_low[j].x + shift), low[j].y *= factor * (w_low[j].y + shift);
-            high[j].x *= factor * (w_high[j].x + shift), high[j].y *= factor * (w_high[j].y + shift);
-        }
-    }
-    // Packed as it is written: the low half's pair j, and the high half's.
-    __device__ uint2 rotated(int j) const {
-        float2 c = cosines[j], s = sines[j];
-        return make_uint2(pack(low[j].x * c.x - high[j].x * s.x, low[j].y * c.y - high[j].y * s.y),
-                          pack(high[j].x * c.x + low[j].x * s.x, high[j].y * c.y + low[j].y * s.y));
-    }
-};
-
-__device__ __forceinline__ void load_matrices(u32 (&r)[4], u32 address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
-}
-__device__ __forceinline__ void load_transposed(u32 (&r)[4], u32 address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
-}
-// Where 16 bytes of a tile's matrix lie.
-__device__ __forceinline__ u32 in_tile(int row, int chunk) {
-    return chunk / 8 * TILE * 128 + row * 128 + ((chunk ^ row) & 7) * 16;
-}
-
-// The new token's k and v, into their page and into the tile at `tile`; what is behind it there becomes
-// zeros, since 0 · NaN is NaN. A whole warp.
+// The new token's k and v, into their page and into the tile at `tile`.
 __device__ __forceinline__ void add_token(const Args &a, const Segment &s, u32 tile) {
-    int lane = threadIdx.x & 31, row = (s.kv_len - 1) & (TILE - 1), slot = a.store_at[s.row];
+    int slot = a.store_at[s.row];
     const bf16 *k = a.qkv + ((long long)s.row * (a.q_heads + 2 * a.kv_heads) + a.q_heads + s.kv_head) * DIM;
-    const bf16 *v = k + a.kv_heads * DIM;
     long long to = (((long long)(slot >> a.page_shift) * a.kv_heads + s.kv_head << a.page_shift) + (slot & (1 << a.page_shift) - 1)) * DIM;
-    Head head;
-    u32 value[PAIRS_A_LANE][2] = {};
-#pragma unroll
-    for (int j = 0; j < PAIRS_A_LANE; j++)
-        if (Head::holds(j)) value[j][0] = *(const u32 *)(v + Head::index(j)), value[j][1] = *(const u32 *)(v + Head::index(j) + DIM / 2);
-    head.read(k, a.k_norm, a.k_eps, a.k_shift, a.rope + (long long)(s.kv_len - 1) * DIM);
-#pragma unroll
-    for (int j = 0; j < PAIRS_A_LANE; j++) {
-        if (!Head::holds(j)) continue;
-        uint2 x = head.rotated(j);
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            int i = Head::index(j) + half * DIM / 2;
-            u32 rotated = half ? x.y : x.x, at = tile + in_tile(row, i / 8) + i % 8 * 2;
-            asm volatile("st.shared.u32 [%0], %1;" :: "r"(at), "r"(rotated) : "memory");
-            asm volatile("st.shared.u32 [%0], %1;" :: "r"(at + MATRIX_BYTES), "r"(value[j][half]) : "memory");
-            if (slot >= 0) *(u32 *)(a.k_pages + to + i) = rotated, *(u32 *)(a.v_pages + to + i) = value[j][half];
-        }
-    }
-    for (int i = lane; i < (TILE - 1 - row) * (DIM / 8); i += 32) {
-        u32 at = tile + MATRIX_BYTES + in_tile(row + 1 + i / (DIM / 8), i % (DIM / 8));
-        asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" :: "r"(at), "r"(0) : "memory");
-    }
-    // The copy engine may overwrite this only behind it.
-    publish_shared();
-    __syncwarp();
+    NewToken token = {k, k + a.kv_heads * DIM, slot < 0 ? nullptr : a.k_pages + to, a.v_pages + to,
+                      a.k_norm, a.rope + (long long)(s.kv_len - 1) * DIM, a.k_eps, a.k_shift};
+    add_token(token, (s.kv_len - 1) & (TILE - 1), tile);
 }
-
-// A unit's q as the first factor of products. Rows behind the group are zeros, the second half's where
-// there is none, too.
-struct Queries {
-    u32 low[DIM / 16][2], high[DIM / 16][2];
-
-    __device__ __forceinline__ void load(const bf16 *from) {
-        int lane = threadIdx.x & 31;
-        u32 r[4];
-#pragma unroll
-        for (int h = 0; h < HALVES; h++) {
-            u32 address = shared_address(from + ((lane & 7) + 8 * h) * Q_STRIDE + (lane >> 3) * 8);
-#pragma unroll
-            for (int i = 0; i < DIM / 16; i += 2) {
-                load_matrices(r, address + i * 32);
-                low[i][h] = r[0], high[i][h] = r[1], low[i + 1][h] = r[2], high[i + 1][h] = r[3];
-            }
-        }
-    }
-};
-
-// A warp's sums over its tiles of a unit. Lane (g, t) holds o[j][2h + e]: head g + 8h, dimension 8j + 2t + e.
-struct Sums {
-    float o[DIM / 8][4], top[2], sum[2];
-
-    __device__ void clear() {
-#pragma unroll
-        for (int j = 0; j < DIM / 8; j++) o[j][0] = o[j][1] = o[j][2] = o[j][3] = 0.f;
-        top[0] = top[1] = -infinity(), sum[0] = sum[1] = 0.f;
-    }
-
-    __device__ void add(const Args &a, const Segment &s, int base, u32 tile, const Queries &q) {
-        int lane = threadIdx.x & 31, t = lane & 3;
-        float x[2][4] = {};
-        u32 b[4];
-#pragma unroll
-        for (int i = 0; i < DIM / 16; i++) {
-            load_matrices(b, tile + in_tile((lane & 7) + (lane >> 4) * 8, 2 * i + (lane >> 3 & 1)));
-            u32 low = HALVES > 1 ? q.low[i][1] : 0, high = HALVES > 1 ? q.high[i][1] : 0;
-            mma(x[0], q.low[i][0], low, q.high[i][0], high, b[0], b[1]);
-            mma(x[1], q.low[i][0], low, q.high[i][0], high, b[2], b[3]);
-        }
-        float scale = (a.soft_cap > 0.f ? 1.f : a.scale) * 1.4426950408889634f;
-        bool whole = base + TILE <= s.kv_len && (a.window <= 0 || base >= s.kv_len - a.window);
-#pragma unroll
-        for (int h = 0; h < HALVES; h++) {
-            float best = top[h];
-#pragma unroll
-            for (int n = 0; n < 2; n++)
-#pragma unroll
-                for (int e = 0; e < 2; e++) {
-                    float &y = x[n][2 * h + e];
-                    if (a.soft_cap > 0.f) y = a.soft_cap * tanhf(y * a.scale / a.soft_cap);
-                    int token = base + n * 8 + 2 * t + e;
-                    if (!whole && (token >= s.kv_len || (a.window > 0 && token < s.kv_len - a.window))) y = -infinity();
-                    best = fmaxf(best, y);
-                }
-            best = fmaxf(best, __shfl_xor_sync(~0u, best, 1));
-            best = fmaxf(best, __shfl_xor_sync(~0u, best, 2));
-            float safe = best == -infinity() ? 0.f : best * scale, shrink = power_of_2(top[h] * scale - safe);
-            top[h] = best, sum[h] *= shrink;
-#pragma unroll
-            for (int n = 0; n < 2; n++)
-#pragma unroll
-                for (int e = 0; e < 2; e++) sum[h] += x[n][2 * h + e] = power_of_2(x[n][2 * h + e] * scale - safe);
-#pragma unroll
-            for (int j = 0; j < DIM / 8; j++) o[j][2 * h] *= shrink, o[j][2 * h + 1] *= shrink;
-        }
-        u32 p0 = pack(x[0][0], x[0][1]), p1 = HALVES > 1 ? pack(x[0][2], x[0][3]) : 0;
-        u32 p2 = pack(x[1][0], x[1][1]), p3 = HALVES > 1 ? pack(x[1][2], x[1][3]) : 0;
-#pragma unroll
-        for (int j = 0; j < DIM / 16; j++) {
-            load_transposed(b, tile + MATRIX_BYTES + in_tile((lane & 7) + (lane >> 3 & 1) * 8, 2 * j + (lane >> 4)));
-            mma(o[2 * j], p0, p1, p2, p3, b[0], b[1]);
-            mma(o[2 * j + 1], p0, p1, p2, p3, b[2], b[3]);
-        }
-    }
-};
 
 // The unit's q, normed and rotated, a warp a head. Of members that a lot does not have, whatever was there.
 __device__ __forceinline__ void prepare_q(const Args &a, const Segment &s, bf16 *q) {
@@ -423,6 +267,7 @@ __device__ __forceinline__ void merge_all(const Args &a, const Work &work, const
 __device__ __forceinline__ void sum_all(const Args &a, const Work &work, const Shared &shared, Ring ring) {
     int warp = threadIdx.x / 32, lane = threadIdx.x & 31, g = lane / 4, t = lane & 3, group = a.q_heads / a.kv_heads;
     float scale = (a.soft_cap > 0.f ? 1.f : a.scale) * 1.4426950408889634f;
+    const Scores scores = {a.scale, a.soft_cap, a.window};
     ring.skip(warp);
     Segment s = work.at(0);
     auto prepare = [&](const Segment &of, int turn) {
@@ -451,7 +296,7 @@ __device__ __forceinline__ void sum_all(const Args &a, const Work &work, const S
 #else
             if (tile == s.tiles - 1) add_token(a, s, at);
 #endif
-            sums.add(a, s, (s.seen_from + tile) * TILE, at, q);
+            sums.add(scores, s.kv_len, (s.seen_from + tile) * TILE, at, q);
             __syncwarp();
             if (lane == 0) barrier_arrive(ring.free + 8 * ring.stage);
         }
@@ -500,7 +345,7 @@ decode(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
         for (int i = 0; i < a.stages; i++) barrier_init(ring.full + 8 * i, 1), barrier_init(ring.free + 8 * i, 1);
         barrier_init(shared.q_full, WARPS), barrier_init(shared.q_full + 8, WARPS);
         barrier_init(shared.sums_full, WARPS), barrier_init(shared.sums_free, 1);
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        publish_barriers();
     }
     if (threadIdx.x == 32 * WARPS) prefetch_map(k_map), prefetch_map(v_map);
     for (int i = threadIdx.x; i < 8 * HALVES * Q_STRIDE; i += blockDim.x) ((u32 *)q)[i] = 0;

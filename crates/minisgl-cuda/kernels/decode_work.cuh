@@ -1,12 +1,7 @@
 // How `decode.cu` divides a step's rows between blocks, and fetches a block's tiles.
 
-#define TILE 16
 // With 8 warps in all, a thread can have the registers that heads of 256 take, and on 10.0 all heads.
 #define WARPS (DIM <= 128 && __CUDA_ARCH__ < 1000 ? 8 : 6)
-#define PARTS (DIM / 64)
-#define MATRIX_BYTES (TILE * DIM * 2)
-#define STAGE_BYTES (2 * MATRIX_BYTES)
-#define PAIRS_A_LANE (DIM / 128 + (DIM < 128))
 #if CASCADE
 #define ROWS_MAX 256
 // What is divided between blocks: the rows, each behind what it shares, and lots of rows that share.
@@ -16,9 +11,6 @@
 #define ENTRIES_MAX ROWS_MAX
 #endif
 #define STAGES_MAX 48
-// Padded, so that the heads' rows begin in different banks.
-#define Q_STRIDE (DIM + 8)
-#define SUMS_STRIDE (DIM + 8)
 // A head's sums in `partial`: with its best score and its sum of weights behind them.
 #define PARTIAL_STRIDE (DIM + 4)
 

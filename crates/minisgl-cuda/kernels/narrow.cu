@@ -352,7 +352,7 @@ narrow(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap x,
         for (int i = 0; i < a.w_stages; i++) barrier_init(s.full_w + 8 * i, 1);
         for (int i = 0; i < a.x_stages; i++) barrier_init(s.full_x + 8 * i, 1), barrier_init(s.free + 8 * i, 4 * GROUPS);
         barrier_init(s.arrived, 1);
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        publish_barriers();
     }
     __syncthreads();
     if (a.blocks > 1) cluster_arrive();

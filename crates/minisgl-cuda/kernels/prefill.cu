@@ -260,7 +260,7 @@ prefill(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorM
             barrier_init(barriers.k_full + 8 * i, 1), barrier_init(barriers.v_full + 8 * i, 1);
             barrier_init(barriers.k_free + 8 * i, 8), barrier_init(barriers.v_free + 8 * i, 8);
         }
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        publish_barriers();
     }
     __syncthreads();
     wait_for_previous();

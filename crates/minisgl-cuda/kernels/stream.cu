@@ -83,7 +83,7 @@ extern "C" __global__ void __launch_bounds__(32 * (WARPS + 1), HALVES == 1 ? 3 :
     float *norm = (float *)(memory + a.stages * STAGE_BYTES);
     if (threadIdx.x == 0) {
         for (int i = 0; i < a.stages; i++) barrier_init(ring.full + 8 * i, 1), barrier_init(ring.free + 8 * i, WARPS);
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        publish_barriers();
     }
     __syncthreads();
     if (warp == WARPS) {

@@ -71,6 +71,14 @@ impl Gemm {
         let plan = Plan::new(product, shape)?;
         let algorithm = match self.algorithms.get(shape) {
             Some(algorithm) if self.fits(&plan, &algorithm) => algorithm,
+            // Timing takes memory, which the driver may give only when the other ranks' cards rest, and
+            // they may be waiting for this one. Where a graph is recorded, nothing runs.
+            _ if self.device.group.get().is_some() && !self.device.is_capturing()? => {
+                let candidates = self.candidates(&plan)?;
+                *candidates
+                    .first()
+                    .ok_or_else(|| fail("cuBLASLt has no algorithm for this shape"))?
+            }
             _ => {
                 let algorithm = self.choose(&plan, product)?;
                 self.algorithms.insert(shape, algorithm);

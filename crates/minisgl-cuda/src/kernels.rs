@@ -46,6 +46,7 @@ impl Module {
             Module::Decode => {
                 concat!(
                     include_str!("../kernels/hopper.cuh"),
+                    include_str!("../kernels/attention_tile.cuh"),
                     include_str!("../kernels/decode_work.cuh"),
                     include_str!("../kernels/decode.cu")
                 )

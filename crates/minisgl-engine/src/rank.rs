@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
-use minisgl_scheduler::plan::StepPlan;
+use minisgl_scheduler::plan::{PlanRow, RowInput, RowOutput, Slot, StepPlan};
 use minisgl_tensor::{Backend, BackendError, Batch, Collective, DType, Mark, Tensor};
 
 use crate::checkpoint::Checkpoint;
@@ -39,6 +39,7 @@ pub struct LoadedRank {
     page_size: usize,
     graph_batch_max: usize,
     two_batch_min: usize,
+    seq_len_max: usize,
     note_device_times: bool,
     /// `[2, rows] I32`: tokens to score and their targets.
     score_inputs: Tensor,
@@ -91,6 +92,7 @@ impl LoadedRank {
             score_inputs: backend.alloc(DType::I32, &[2, sizes.rows])?,
             graph_batch_max: options.graph_batch_max.min(sizes.rows),
             two_batch_min: options.two_batch_min,
+            seq_len_max,
             page_size: options.page_size,
             // Only the first rank reports.
             note_device_times: options.note_device_times && devices.collective.rank() == 0,
@@ -118,6 +120,9 @@ impl LoadedRank {
         tracing::info!(seconds = started.elapsed().as_secs_f64(), pages, "the KV pool is there");
         let started = Instant::now();
         let mut rank = Rank { graphs: Graphs::default(), kv, loaded: self };
+        if rank.loaded.devices.collective.size() > 1 {
+            rank.rehearse().context("recording the largest steps")?;
+        }
         for size in bucket_sizes(rank.loaded.graph_batch_max).into_iter().rev() {
             if !rank.capture(size).context("capturing a decode graph")? {
                 break;
@@ -147,9 +152,7 @@ impl Rank {
     }
 
     fn enqueue(&mut self, plan: &StepPlan) -> Result<Collected, BackendError> {
-        let plain = |row: &minisgl_scheduler::plan::PlanRow| {
-            matches!(row.output, minisgl_scheduler::plan::RowOutput::Sample(_))
-        };
+        let plain = |row: &PlanRow| matches!(row.output, RowOutput::Sample(_));
         let may_replay = plan.is_decode() && plan.rows.iter().all(plain);
         let bucket = may_replay.then(|| self.graphs.bucket_for(plan.rows.len())).flatten();
         let backend = Arc::clone(&self.loaded.devices.backend);
@@ -234,6 +237,47 @@ impl Rank {
             }
         }
         Ok(scores)
+    }
+
+    /// Records forward passes of prompts of all sizes and throws them away: what a device allocates,
+    /// loads or measures at an operation's first use is had before ranks can wait for one another.
+    fn rehearse(&mut self) -> Result<(), BackendError> {
+        let StepSizes { tokens: tokens_max, rows: rows_max } = self.loaded.sizes;
+        let tokens_max = tokens_max.min(rows_max * self.loaded.seq_len_max);
+        let sizes = std::iter::successors(Some(tokens_max), |tokens| Some(tokens / 2));
+        for tokens in sizes.take_while(|tokens| *tokens >= 64) {
+            // Several tokens a row, and as even as they go.
+            let rows = rows_max.min(tokens / 2);
+            let row = |index: usize| {
+                let range = tokens * index / rows..tokens * (index + 1) / rows;
+                PlanRow {
+                    slot: Slot(index as u32),
+                    cached_len: 0,
+                    extend_len: range.len() as u32,
+                    input: RowInput::Tokens(vec![0; range.len()]),
+                    output: RowOutput::Sample(Arc::default()),
+                }
+            };
+            let plan = StepPlan {
+                step: 0,
+                rows: (0..rows).map(row).collect(),
+                page_updates: Vec::new(),
+                adjustments: None,
+                shared_prefixes: Vec::new(),
+            };
+            let backend = Arc::clone(&self.loaded.devices.backend);
+            let inputs = self.loaded.inputs.upload(backend.as_ref(), &plan, None)?;
+            let batch = Batch { host: None, ..inputs.batch.clone() };
+            let ctx = self.ctx(&batch, &inputs.ids);
+            let graph = backend.capture(&mut || {
+                self.loaded.model.forward(&ctx)?;
+                self.logits(&ctx, &inputs).map(drop)
+            })?;
+            if graph.is_none() {
+                break;
+            }
+        }
+        Ok(())
     }
 
     /// Records the forward pass of a decode batch; false on a device without graphs.
