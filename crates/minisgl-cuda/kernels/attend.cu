@@ -25,6 +25,13 @@ struct Args {
     Scores scores;
 };
 
+// Which row of the first matrix makes a KV head's `column` of its group's q, its k and its v.
+__device__ __forceinline__ int row_of(const Args &a, int kv_head, int column) {
+    int head = column / DIM, q_heads = a.kv_heads * GROUP;
+    int place = head < GROUP ? kv_head * GROUP + head : q_heads + (head - GROUP) * a.kv_heads + kv_head;
+    return place * DIM + column % DIM;
+}
+
 // A step's rows as tiles behind one another, and this block's of them.
 struct Work {
     int lens[ROWS], before[ROWS + 1], slots[ROWS];
@@ -149,9 +156,7 @@ attend(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
     cluster_arrive();
     if (warp == WARPS) {
         fetch_rows(b.at(first), first_here, FIRST * 16, r.hidden, [&](int i) {
-            int column = b.rank * FIRST * 16 + i, head = column / DIM, q_heads = a.kv_heads * GROUP;
-            int n = head < GROUP ? kv_head * GROUP + head : q_heads + (head - GROUP) * a.kv_heads + kv_head;
-            return a.qkv + ((long long)n * DIM + column % DIM) * r.hidden;
+            return a.qkv + (long long)row_of(a, kv_head, b.rank * FIRST * 16 + i) * r.hidden;
         });
         fetch_rows(b.at(second), second_here, SECOND * 16, GROUP * DIM, [&](int i) {
             return a.out + ((long long)(b.rank * SECOND * 16 + i) * a.kv_heads + kv_head) * (GROUP * DIM);
@@ -182,9 +187,8 @@ attend(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
         float factor = norm_factor(r, (const float *)(memory + squares), row);
         float low = total<FIRST>(all_sums, row, m) * factor, high = total<FIRST>(all_sums, row, m + 1) * factor;
         if (a.bias) {
-            int head = column / DIM, q_heads = a.kv_heads * GROUP;
-            int n = head < GROUP ? kv_head * GROUP + head : q_heads + (head - GROUP) * a.kv_heads + kv_head;
-            low += a.bias[n * DIM + column % DIM], high += a.bias[n * DIM + column % DIM + 1];
+            const float *bias = a.bias + row_of(a, kv_head, column);
+            low += bias[0], high += bias[1];
         }
         *(u32 *)(qkv + row * QKV + column) = pack(low, high);
     }
@@ -267,11 +271,10 @@ attend(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
             }
         }
         tile = end;
-        // `rotated` and the sums are written anew.
+        // `rotated` and the sums are written anew; behind the last one, what was left here is read.
         named_barrier(1, THREADS);
     }
 
-    named_barrier(1, THREADS);
     barrier_wait_for_cluster(parts_here, 0);
     for (int i = threadIdx.x; i < own / 2; i += THREADS) {
         int value = b.rank * own + 2 * i, head = value / DIM, row = head / GROUP;
