@@ -144,25 +144,26 @@ class Bench:
         command = [*prefix, str(pathlib.Path(self.args.bin) / name), *map(str, arguments)]
         self.log.write("$ " + " ".join(command) + "\n")
         timeout = timeout or self.args.timeout
+        process = subprocess.Popen(
+            command,
+            env={**self.env, **(env or {})},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         try:
-            done = subprocess.run(
-                command,
-                env={**self.env, **(env or {})},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                timeout=timeout,
-            )
+            out, errors = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired as late:
-            for text in (late.stdout, late.stderr):
-                self.log.write((text or b"").decode(errors="replace"))
+            self.log.write(stacks(process.pid))
+            process.kill()
+            self.log.write("".join(process.communicate()))
             raise Failed(f"{name} was not done in {timeout} s") from late
-        self.written = done.stdout + done.stderr
+        self.written = out + errors
         self.log.write(self.written)
-        if done.returncode != 0:
-            lines = (done.stderr or done.stdout).strip().splitlines()
-            raise Failed(f"{name}: {lines[-1] if lines else f'ended with {done.returncode}'}")
-        return done.stdout
+        if process.returncode != 0:
+            lines = (errors or out).strip().splitlines()
+            raise Failed(f"{name}: {lines[-1] if lines else f'ended with {process.returncode}'}")
+        return out
 
     def bench(self, kind, model, *arguments, tp=1):
         ranks = ["--tp", tp] if tp > 1 else []
@@ -541,6 +542,14 @@ class Client:
         except (OSError, http.client.HTTPException):
             # A connection that is cut has told the client nothing.
             pass
+
+
+def stacks(process):
+    """Where a process's threads are, if there is a program that tells."""
+    if not shutil.which("eu-stack"):
+        return "no eu-stack (elfutils) to tell where it hangs\n"
+    asked = ["eu-stack", "-p", str(process)]
+    return subprocess.run(asked, capture_output=True, text=True, timeout=60).stdout
 
 
 def stop_thread(process, name):

@@ -218,5 +218,6 @@ impl Drop for CudaCollective {
         // Peers' memory is let go of below: what still reads it must have come back. The group's
         // state would not say that any more.
         self.backend.device.drain();
+        self.group.leave();
     }
 }

@@ -1,8 +1,9 @@
 //! What the ranks of a group share on the host: whether the group still works, why not, and where
 //! its ranks meet.
 
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use cudarc::driver::{result, sys};
@@ -11,6 +12,9 @@ use minisgl_tensor::Result;
 use crate::device::{Device, driver, fail};
 use crate::nccl::Communicator;
 
+/// How long the last rank waits for NCCL.
+const LEAVE_GRACE: Duration = Duration::from_secs(10);
+
 /// The state of a group of ranks. A group that has ended stays so.
 pub(crate) struct Group {
     broken: BrokenWord,
@@ -18,6 +22,10 @@ pub(crate) struct Group {
     why: Mutex<Option<Arc<str>>>,
     /// A rank's communicator, where the ranks have NCCL.
     communicators: Vec<Mutex<Option<Communicator>>>,
+    /// The thread that ends them.
+    ending: Mutex<Option<JoinHandle<()>>>,
+    /// Ranks that have not left.
+    present: AtomicUsize,
     /// How long ranks wait for each other.
     pub(crate) timeout: Duration,
     meeting: Mutex<Meeting>,
@@ -44,6 +52,8 @@ impl Group {
             broken: BrokenWord::new(device)?,
             why: Mutex::default(),
             communicators: (0..ranks).map(|_| Mutex::default()).collect(),
+            ending: Mutex::default(),
+            present: AtomicUsize::new(ranks),
             timeout,
             meeting: Mutex::default(),
             changed: Condvar::new(),
@@ -83,9 +93,28 @@ impl Group {
         }
         // NCCL ends a communicator only when the graphs that it is recorded in are gone, and those
         // may be this very thread's to let go of.
-        let ending = std::thread::Builder::new().name("nccl-end".into()).spawn(|| drop(taken));
-        if let Err(error) = ending {
-            tracing::error!(%error, "no thread to end NCCL's communicators");
+        match std::thread::Builder::new().name("nccl-end".into()).spawn(|| drop(taken)) {
+            Ok(thread) => {
+                *self.ending.lock().unwrap_or_else(PoisonError::into_inner) = Some(thread);
+            }
+            Err(error) => tracing::error!(%error, "no thread to end NCCL's communicators"),
+        }
+    }
+
+    /// A rank that holds no graphs any more goes. With the last one NCCL's communicators have ended: a
+    /// process that ended meanwhile would have NCCL taken down under them.
+    pub(crate) fn leave(&self) {
+        if self.present.fetch_sub(1, Ordering::SeqCst) > 1 {
+            return;
+        }
+        let ending = self.ending.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let Some(thread) = ending else { return };
+        let start = Instant::now();
+        while !thread.is_finished() {
+            if start.elapsed() > LEAVE_GRACE {
+                return tracing::warn!("NCCL's communicators have not ended in {LEAVE_GRACE:?}");
+            }
+            std::thread::sleep(Duration::from_millis(1));
         }
     }
 
