@@ -263,7 +263,7 @@ class Bench:
     def start_without_memory(self):
         """What a start says when another process has all memory but so many MiB."""
         said = {}
-        for left, expected in [(4096, "would"), (512, "out of device memory")]:
+        for left, expected in [(4096, "KV pages"), (1024, "the weights do not fit")]:
             holder = subprocess.Popen(
                 [sys.executable, "-c", HOLD_MEMORY, str(left << 20)],
                 env=self.env,

@@ -263,6 +263,10 @@ impl Backend for CpuBackend {
         Ok(None)
     }
 
+    fn matrix_dtype(&self) -> Option<DType> {
+        None
+    }
+
     fn matrix(&self, parts: &[HostTensor<'_>], precision: Precision) -> Result<Weight> {
         let matrix = Matrix::pack(parts, precision, &self.on)?;
         Ok(Weight::new(&[matrix.rows, matrix.cols], matrix))

@@ -348,6 +348,10 @@ impl Backend for CudaBackend {
         self.clock.mark().map(Some)
     }
 
+    fn matrix_dtype(&self) -> Option<DType> {
+        (!self.device.integrated).then(|| self.dtype())
+    }
+
     fn matrix(&self, parts: &[HostTensor<'_>], _precision: Precision) -> Result<Weight> {
         let cols = parts.first().and_then(|p| p.shape.last()).copied().unwrap_or(0);
         let rows =

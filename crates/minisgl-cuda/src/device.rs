@@ -20,6 +20,8 @@ pub(crate) struct Device {
     /// Compute capability: `(9, 0)`.
     pub(crate) capability: (i32, i32),
     pub(crate) multiprocessors: usize,
+    /// Its memory is the host's, which can give more than is free: what files are cached in, above all.
+    pub(crate) integrated: bool,
     /// The most shared memory that a block may have.
     shared_max: i32,
     /// The group of ranks that this card belongs to: then waiting for it has a time limit.
@@ -91,6 +93,7 @@ impl Device {
             name: result::device::get_name(handle).map_err(|e| driver("cuDeviceGetName", e))?,
             capability,
             multiprocessors: attribute(A::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize,
+            integrated: attribute(A::CU_DEVICE_ATTRIBUTE_INTEGRATED)? != 0,
             shared_max: attribute(A::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
             group: OnceLock::new(),
         })

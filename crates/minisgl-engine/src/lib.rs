@@ -6,6 +6,7 @@
 //!    `gguf` and `safetensors` parse hostile files without trusting a number in them.
 //! 2. `config`: `ModelConfig` from `config.json` or GGUF metadata; `rope`: rotary tables.
 //! 3. `shares`: which part a rank holds. `weights`: reads those slices; `layers` and `models` are built from it.
+//!    `footprint`: whether they fit on the device.
 //! 4. `kv`: the paged pool. `workspace`: activations, sized once for the largest step.
 //! 5. `inputs`: a plan as one packed upload. `rank`: upload, forward, sample, download.
 //! 6. `graphs`: the same forward, recorded for decode batches of fixed sizes.
@@ -16,6 +17,7 @@
 
 mod checkpoint;
 mod config;
+mod footprint;
 mod graphs;
 mod inputs;
 mod kv;

@@ -12,6 +12,7 @@ use minisgl_scheduler::plan::{AdjustmentsCell, StepPlan, StepResult};
 use minisgl_tensor::{Backend, Collective};
 
 use crate::checkpoint::Checkpoint;
+use crate::footprint::ensure_weights_fit;
 use crate::kv::KvBudget;
 use crate::layers::Attention;
 use crate::options::EngineOptions;
@@ -117,10 +118,10 @@ impl LocalEngine {
             vocab_size: config.vocab_size,
         };
         let failure = Failure::default();
-        let all = ranks.len();
-        let shares: Vec<Shares> = (0..all.max(1))
-            .map(|rank| Shares::new(config, blocks, rank, all))
-            .collect::<Result<_>>()?;
+        let shares = Shares::all(config, blocks, ranks.len())?;
+        for ((backend, _), shares) in ranks.iter().zip(&shares) {
+            ensure_weights_fit(config, blocks, shares, backend.as_ref())?;
+        }
         let prefix_rows_max = ranks.iter().zip(&shares).map(|((backend, _), shares)| {
             backend.prefix_rows_max(Attention::heads(config, shares))
         });

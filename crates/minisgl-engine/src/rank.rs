@@ -9,6 +9,7 @@ use minisgl_tensor::{Backend, BackendError, Batch, Collective, DType, Mark, Tens
 
 use crate::checkpoint::Checkpoint;
 use crate::config::ModelConfig;
+use crate::footprint::{matrix_bytes, megabytes};
 use crate::graphs::{Graphs, bucket_sizes};
 use crate::inputs::{Inputs, StepInputs};
 use crate::kv::{KvBudget, KvPool};
@@ -72,23 +73,36 @@ impl LoadedRank {
         let scope =
             WeightScope::new(checkpoint, dummy.as_ref(), backend, options.precision, &shares);
         let config = checkpoint.config().clone();
-        let model = models::load(&scope, &config, seq_len_max)
-            .with_context(|| format!("loading {}", checkpoint.path().display()))?;
+        let model = models::load(&scope, &config, seq_len_max).with_context(|| {
+            let path = checkpoint.path().display();
+            match backend.matrix_dtype().map(|dtype| matrix_bytes(&config, &shares, dtype)) {
+                Some(bytes) => format!("loading {} MB of weights from {path}", megabytes(bytes)),
+                None => format!("loading {path}"),
+            }
+        })?;
         backend.synchronize()?;
         tracing::info!(seconds = started.elapsed().as_secs_f64(), "weights are there");
         let sizes = StepSizes {
             tokens: options.step_tokens_max.max(options.running_requests_max),
             rows: options.running_requests_max,
         };
+        let sized_by = || {
+            format!(
+                "steps of {} tokens and {} requests, which a smaller --max-prefill-length or \
+                 --max-running-requests would shrink",
+                sizes.tokens, sizes.rows
+            )
+        };
         Ok(Self {
-            workspace: Workspace::new(backend, &config, &shares, sizes)?,
+            workspace: Workspace::new(backend, &config, &shares, sizes).with_context(sized_by)?,
             inputs: Inputs::new(
                 backend,
                 sizes,
                 options.page_size,
                 seq_len_max,
                 backend.prefix_rows_max(Attention::heads(&config, &shares)),
-            )?,
+            )
+            .with_context(sized_by)?,
             score_inputs: backend.alloc(DType::I32, &[2, sizes.rows])?,
             graph_batch_max: options.graph_batch_max.min(sizes.rows),
             two_batch_min: options.two_batch_min,

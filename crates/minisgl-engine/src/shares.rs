@@ -37,6 +37,14 @@ pub struct Blocks {
 }
 
 impl Shares {
+    /// Every rank's share.
+    ///
+    /// # Errors
+    /// As `new`.
+    pub fn all(config: &ModelConfig, blocks: Blocks, ranks: usize) -> Result<Vec<Self>> {
+        (0..ranks.max(1)).map(|rank| Self::new(config, blocks, rank, ranks)).collect()
+    }
+
     /// The share of rank `rank` of `ranks`.
     ///
     /// # Errors

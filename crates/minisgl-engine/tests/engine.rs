@@ -1,5 +1,6 @@
 //! The engine's edges: graphs, failures, memory, refusals, other ways to store weights.
 
+#[expect(dead_code, reason = "limited memory is for other tests")]
 mod reference;
 #[expect(dead_code, reason = "not every test file uses all of it")]
 mod tiny;
@@ -217,25 +218,6 @@ fn an_engine_that_is_dropped_lets_go_of_ranks_that_wait() {
         done.send(()).unwrap();
     });
     finished.recv_timeout(Duration::from_secs(30)).expect("the engine ended");
-}
-
-#[test]
-fn what_does_not_fit_is_refused_with_what_would() {
-    let tiny = Tiny::load("qwen3");
-    let refused = |options: &EngineOptions, backend: Reference| {
-        start(open(&tiny), options, &Arc::new(backend)).err().expect("refused")
-    };
-    // A page of 16 tokens, 1 head of 128, K and V in f32, 2 layers: 32 KB.
-    let small = || Reference::with_free_memory(320 << 10);
-    let error = refused(&EngineOptions { kv_size: KvSize::Pages(11), ..options() }, small());
-    assert!(error.contains("11 KV pages of 32 KB") && error.contains("10 would"), "{error}");
-    let error = refused(&EngineOptions { kv_size: KvSize::FreeShare(0.05), ..options() }, small());
-    assert!(error.contains("no room"), "{error}");
-    let error = refused(&EngineOptions { page_size: 0, ..options() }, small());
-    assert!(error.contains("--page-size 0"), "{error}");
-    let half = EngineOptions { kv_size: KvSize::FreeShare(0.5), ..options() };
-    let engine = start(open(&tiny), &half, &Arc::new(small())).unwrap();
-    assert_eq!(engine.limits().pages, 5);
 }
 
 #[test]

@@ -75,6 +75,9 @@ pub trait Backend: Send + Sync {
 
     // ---- weights ----
 
+    /// What every matrix becomes, whatever type a file has, on a device with memory of its own. `None`
+    /// where weights lie in the host's: what can be had of that shows only when it is taken.
+    fn matrix_dtype(&self) -> Option<DType>;
     /// A matrix `[Σ rows, cols]` from parts stacked along the rows (Q, K and V; gate and up).
     fn matrix(&self, parts: &[HostTensor<'_>], precision: Precision) -> Result<Weight>;
     /// The experts of one MoE layer: `gate_up[e]` are the parts of expert e's matrix as for

@@ -24,8 +24,11 @@ pub struct Reference {
     pub prefix_rows_max: AtomicUsize,
     /// Rows that attention has taken through a prefix with others.
     pub shared_rows: AtomicUsize,
-    /// Reported as free memory; 0 for plenty.
-    free: usize,
+    /// Bytes of weights and tensors that there is room for; 0 for plenty.
+    capacity: usize,
+    /// Bytes that are taken, and those of them that matrices have.
+    pub taken: AtomicUsize,
+    pub matrix_bytes: AtomicUsize,
 }
 
 struct Piece {
@@ -63,8 +66,23 @@ impl Mark for Reached {
 type Matrix = Vec<f32>;
 
 impl Reference {
-    pub fn with_free_memory(free: usize) -> Self {
-        Self { free, ..Self::default() }
+    pub fn with_capacity(capacity: usize) -> Self {
+        Self { capacity, ..Self::default() }
+    }
+
+    fn take(&self, bytes: usize) -> Result<()> {
+        let free = self.memory()?.free;
+        if self.capacity > 0 && bytes > free {
+            return Err(BackendError::OutOfMemory { bytes, free });
+        }
+        self.taken.fetch_add(bytes, Ordering::SeqCst);
+        Ok(())
+    }
+
+    fn keep_matrix(&self, shape: &[usize], values: Matrix) -> Result<Weight> {
+        self.take(size_of_val(&values[..]))?;
+        self.matrix_bytes.fetch_add(size_of_val(&values[..]), Ordering::SeqCst);
+        Ok(Weight::new(shape, values))
     }
 
     fn bytes(&self, t: &Tensor) -> Vec<u8> {
@@ -220,8 +238,8 @@ impl Backend for Reference {
     }
 
     fn memory(&self) -> Result<MemoryInfo> {
-        let free = if self.free == 0 { 1 << 30 } else { self.free };
-        Ok(MemoryInfo { total: 1 << 30, free })
+        let total = if self.capacity == 0 { 1 << 30 } else { self.capacity };
+        Ok(MemoryInfo { total, free: total.saturating_sub(self.taken.load(Ordering::SeqCst)) })
     }
 
     fn activation_dtype(&self) -> DType {
@@ -234,6 +252,7 @@ impl Backend for Reference {
 
     fn alloc(&self, dtype: DType, shape: &[usize]) -> Result<Tensor> {
         let bytes = dtype.bytes_of(shape.iter().product()).unwrap().max(1);
+        self.take(bytes)?;
         let step = (bytes as u64).next_multiple_of(64) + 64;
         let address = 4096 + self.next.fetch_add(step, Ordering::SeqCst);
         self.memory.lock().unwrap().insert(address, vec![0; bytes]);
@@ -273,16 +292,20 @@ impl Backend for Reference {
         Ok(Some(Box::new(Reached(Instant::now()))))
     }
 
+    fn matrix_dtype(&self) -> Option<DType> {
+        Some(DType::F32)
+    }
+
     fn matrix(&self, parts: &[HostTensor<'_>], _: Precision) -> Result<Weight> {
         let rows = parts.iter().map(|p| p.shape[0]).sum();
         let values: Matrix = parts.iter().flat_map(dequantize).collect();
-        Ok(Weight::new(&[rows, parts[0].shape[1]], values))
+        self.keep_matrix(&[rows, parts[0].shape[1]], values)
     }
 
     fn expert_matrices(&self, experts: &[Vec<HostTensor<'_>>], _: Precision) -> Result<Weight> {
         let rows = experts[0].iter().map(|p| p.shape[0]).sum();
         let values: Matrix = experts.iter().flatten().flat_map(dequantize).collect();
-        Ok(Weight::new(&[experts.len(), rows, experts[0][0].shape[1]], values))
+        self.keep_matrix(&[experts.len(), rows, experts[0][0].shape[1]], values)
     }
 
     fn random(&self, _: &[usize], _: u32) -> Result<Option<Weight>> {
@@ -291,6 +314,7 @@ impl Backend for Reference {
 
     fn vector(&self, parts: &[HostTensor<'_>]) -> Result<Weight> {
         let values: Matrix = parts.iter().flat_map(dequantize).collect();
+        self.take(size_of_val(&values[..]))?;
         Ok(Weight::new(&[values.len()], values))
     }
 
