@@ -4,7 +4,7 @@
 // A unit is a row's KV head with its whole group of query heads, a tile 16 tokens of a unit. All units'
 // tiles, behind one another, are divided evenly between the blocks, whatever the rows' lengths. A block's
 // warps have three trades, and none waits for another but through barriers in shared memory:
-//   - one fetches tiles by the bulk copy engine, `stages` ahead, before the kernels in front are done:
+//   - FETCHERS fetch tiles by the bulk copy engine, `stages` ahead, before the kernels in front are done:
 //     earlier tokens' K and V are older than this step, and the new token's are put into the tile in
 //     shared memory;
 //   - WARPS take the tiles in turn, and leave a unit's sums behind when they have done theirs of it;
@@ -322,7 +322,7 @@ __device__ __forceinline__ void sum_all(const Args &a, const Work &work, const S
     merge<WARPS>(a, work, s, shared, warp);
 }
 
-extern "C" __global__ void __launch_bounds__(32 * (WARPS + 2), 1)
+extern "C" __global__ void __launch_bounds__(32 * (WARPS + FETCHERS + 1), 1)
 decode(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map, const Args a) {
     extern __shared__ unsigned char memory[];
     __shared__ u64 barrier_words[2 * STAGES_MAX + 4];
@@ -353,9 +353,10 @@ decode(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
     if (!a.early) wait_for_previous();
     Work work = divide(a, before, lens, slots, skipped);
     int warp = threadIdx.x / 32;
-    if (warp == WARPS) fetch_all(a, work, k_map, v_map, ring);
+    bool fetches = warp >= WARPS && warp < WARPS + FETCHERS;
+    if (fetches) fetch_all(a, work, k_map, v_map, ring, warp - WARPS);
     wait_for_previous();
-    if (work.from == work.to || warp == WARPS) return;
+    if (work.from == work.to || fetches) return;
     if (warp < WARPS) sum_all(a, work, shared, ring);
     else merge_all(a, work, shared);
 }

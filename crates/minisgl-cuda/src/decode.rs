@@ -71,9 +71,10 @@ const FEW_ROWS_TILE_BYTES: usize = 64 << 10;
 /// What a block can have, less what the kernel has of its own.
 const SHARED_BYTES: usize = 219 << 10;
 
-/// A block's warps that sum, as in `kernels/decode.cu`, and its shared memory.
+/// A block's warps that sum and that fetch, as in `kernels/decode.cu`, and its shared memory.
 struct Block {
     warps: usize,
+    fetchers: usize,
     stages: usize,
     shared: usize,
 }
@@ -88,7 +89,8 @@ impl Block {
         let bytes = wanted.max(stage * warps).min(SHARED_BYTES.checked_sub(behind)?);
         // A stage is always the same warp's: it knows by itself what became of the tile before.
         let stages = (bytes / stage).min(STAGES_MAX) / warps * warps;
-        (stages > 0).then_some(Self { warps, stages, shared: stages * stage + behind })
+        let fetchers = if capability.0 < 10 { 2 } else { 1 };
+        (stages > 0).then_some(Self { warps, fetchers, stages, shared: stages * stage + behind })
     }
 }
 
@@ -185,7 +187,7 @@ impl CudaBackend {
         let unit_heads = if lots.is_some() { GROUP_MAX } else { q / kv };
         let lots = lots.unwrap_or_default();
         let units = (rows + lots.count as usize) * kv;
-        let Block { warps, stages, shared } =
+        let Block { warps, fetchers, stages, shared } =
             Block::new(unit_heads, dim, rows, self.device.capability)
                 .ok_or_else(|| fail(format!("{:?} do not fit the decode kernel", a.heads)))?;
         let (q_norm, q_eps, q_shift) = norm_args(store.q_norm);
@@ -224,7 +226,8 @@ impl CudaBackend {
         let function = self.kernels.get(module, &defines, "decode")?;
         let map = |pages| page_matrix(pages, a, TILE).map_parts();
         let (k, v) = (map(&a.kv.k)?, map(&a.kv.v)?);
-        let shape = Launch { grid: [blocks, 1, 1], threads: 32 * (warps + 2), shared, cluster: 1 };
+        let threads = 32 * (warps + fetchers + 1);
+        let shape = Launch { grid: [blocks, 1, 1], threads, shared, cluster: 1 };
         let mut words = [address_of(&k), address_of(&v), address_of(&args)];
         // SAFETY: the kernel's parameters in order; the maps cover the cache, the rest is the step's.
         unsafe { self.device.launch_raw(function, shape, &mut words) }
