@@ -1,10 +1,8 @@
 //! Times a whole decode step and a prefill step, operation by operation as the engine calls them,
 //! of Qwen3-0.6B's and Qwen3-14B's shapes on random weights: `decode_step [0.6b] [14b]
-//! [BATCH ...] [narrow] [halves:BLOCKS ...] [shared:TOKENS] [cascade]`; `narrow` switches
-//! `kernels/narrow.cu` on, `halves` adds the step as two halves side by side, where attention has so many
-//! blocks; with `shared` the rows' contexts begin with so many tokens in the same pages, and `cascade`
+//! [BATCH ...] [library] [halves:BLOCKS ...] [shared:TOKENS] [cascade]`; `library` leaves all products to
+//! cuBLASLt, `halves` adds the step as two halves side by side, where attention has so many blocks; with `shared` the rows' contexts begin with so many tokens in the same pages, and `cascade`
 //! reads these once for several rows. Up to 8 rows are timed with half a layer in one kernel, too.
-//! `ahead:MIB` sends for so much of the next product's weights.
 #![expect(clippy::print_stdout, reason = "this program's output is its table")]
 
 use std::sync::Arc;
@@ -95,7 +93,6 @@ fn main() -> Result<()> {
     let mut batches: Vec<usize> = wanted.iter().filter_map(|w| w.parse().ok()).collect();
     let blocks = wanted.iter().filter_map(|w| w.strip_prefix("halves:"));
     let halves: Vec<usize> = blocks.filter_map(|blocks| blocks.parse().ok()).collect();
-    let ahead = wanted.iter().find_map(|w| w.strip_prefix("ahead:")?.parse::<usize>().ok());
     let prefill = batches.is_empty();
     if prefill {
         batches = vec![1, 8, 16, 32, 64, 128, 256];
@@ -107,11 +104,8 @@ fn main() -> Result<()> {
         let attention = ModelAttention { kernels, heads: shape.heads, page_size: PAGE };
         let options = CudaOptions::new(0, Precision::Native);
         let b = CudaBackend::new(CudaOptions { attention: Some(attention), ..options })?;
-        if asked("narrow") {
-            b.set_products(Products::Narrow);
-        }
-        if let Some(mib) = ahead {
-            b.set_weights_ahead(mib << 20);
+        if asked("library") {
+            b.set_products(Products::Library);
         }
         println!("{}: ready {:.2} s after the start", b.name(), started.elapsed().as_secs_f64());
         let model = bench(&b, shape, &batches, &halves, shared_pages)?;

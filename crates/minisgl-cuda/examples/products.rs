@@ -78,7 +78,7 @@ fn line(b: &CudaBackend, p: &Product, batches: &[usize]) -> Result<String> {
             if p.gated { b.gated_linear(&a, Activation::Silu, &out) } else { b.linear(&a, &out) }
         };
         let mut times = [0.0; 2];
-        for (products, time) in [Products::Library, Products::Narrow].into_iter().zip(&mut times) {
+        for (products, time) in [Products::Library, Products::Own].into_iter().zip(&mut times) {
             b.set_products(products);
             run(&weights[0])?;
             b.synchronize()?;

@@ -28,26 +28,6 @@ __device__ __forceinline__ void let_next_start() {
 #endif
 }
 
-// Weights that a later kernel reads, on their way into the L2 cache. Nothing waits for them.
-struct Next { const void *weights; long long bytes; int blocks; };
-
-// A block's share of them; a thread calls it.
-__device__ __forceinline__ void fetch_next(const Next &next, int block) {
-#if __CUDA_ARCH__ >= 900
-    const long long piece = 16384;
-    for (long long at = block * piece; at < next.bytes; at += next.blocks * piece) {
-        u32 bytes = next.bytes - at < piece ? next.bytes - at : piece;
-        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"((const char *)next.weights + at), "r"(bytes));
-    }
-#endif
-}
-// Kernels that leave the memory idle have `next.blocks` blocks more, in front, for nothing else.
-__device__ __forceinline__ bool only_fetches(const Next &next) {
-    if (int(blockIdx.x) >= next.blocks) return false;
-    if (threadIdx.x == 0) fetch_next(next, blockIdx.x);
-    return true;
-}
-
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(bf16 x) { return __uint_as_float(u32(x.bits) << 16); }
 

@@ -18,14 +18,11 @@ extern "C" __global__ void embed(const int *input_ids, const int *token_table, c
 
 // out = x / rms(x) · (weight + shift). A block a row; x and out may be the same.
 extern "C" __global__ void rms_norm(const T *x, const float *weight, float eps, float shift,
-                                    int width, T *out, const void *weights, long long bytes, int blocks) {
+                                    int width, T *out) {
     let_next_start();
-    Next next = {weights, bytes, blocks};
-    if (only_fetches(next)) return;
     wait_for_previous();
-    long long row = int(blockIdx.x) - next.blocks;
-    const T *from = x + row * width;
-    T *to = out + row * width;
+    const T *from = x + (long long)blockIdx.x * width;
+    T *to = out + (long long)blockIdx.x * width;
 #if !EXACT
     if (width % 8 == 0 && width <= 8 * 4 * blockDim.x) {
         uint4 held[4];
@@ -109,16 +106,12 @@ extern "C" __global__ void spread_bias_f32(const float *b, int w, long long n, i
 }
 
 // out = act(gate) · up; both [rows, 2·inner] → [rows, inner].
-extern "C" __global__ void gate(const T *both, int inner, int gelu, long long count, T *out,
-                                const void *weights, long long bytes, int blocks) {
+extern "C" __global__ void gate(const T *both, int inner, int gelu, long long count, T *out) {
     let_next_start();
-    Next next = {weights, bytes, blocks};
-    if (only_fetches(next)) return;
     wait_for_previous();
-    long long thread = (int(blockIdx.x) - next.blocks) * (long long)blockDim.x + threadIdx.x;
 #if !EXACT
     if (inner % 8 == 0) {
-        long long i = thread * 8;
+        long long i = (blockIdx.x * (long long)blockDim.x + threadIdx.x) * 8;
         if (i >= count) return;
         long long row = i / inner;
         const T *from = both + i + row * inner;
@@ -133,7 +126,7 @@ extern "C" __global__ void gate(const T *both, int inner, int gelu, long long co
     }
 #endif
     for (int j = 0; j < 8; j++) {
-        long long i = thread * 8 + j;
+        long long i = (blockIdx.x * (long long)blockDim.x + threadIdx.x) * 8 + j;
         if (i >= count) return;
         long long row = i / inner;
         const T *from = both + i + row * inner;

@@ -13,7 +13,6 @@ use minisgl_tensor::{
     Sample, Tensor, Weight,
 };
 
-use crate::ahead::{Ahead, Next};
 use crate::choice::{AttentionKernels, Card, ModelAttention};
 use crate::clock::Clock;
 use crate::device::{Arg, Device, Function, Launch, args, driver, fail};
@@ -48,12 +47,10 @@ impl CudaOptions {
 pub enum Products {
     /// cuBLASLt, whatever the number of rows.
     Library,
-    /// Those of up to 16 rows `kernels/stream.cu` or `gemv.cu`, cuBLASLt the others.
+    /// Those of up to 16 rows `kernels/stream.cu` or `gemv.cu`, of 17 to 64 rows `kernels/narrow.cu`, each
+    /// where it is faster, and cuBLASLt the others.
     #[default]
-    Few,
-    /// As `Few`, but `kernels/narrow.cu` those of 17 to 64 rows that it can take. It is not the default
-    /// yet: docs/benchmarks/h200-operations.md says why.
-    Narrow,
+    Own,
 }
 
 /// One card, as the engine sees it.
@@ -65,7 +62,6 @@ pub struct CudaBackend {
     pub(crate) exact: bool,
     pub(crate) attention: AttentionKernels,
     pub(crate) fault: Option<Fault>,
-    pub(crate) ahead: Ahead,
     clock: Clock,
     /// By lane and name.
     scratch: Mutex<HashMap<(usize, &'static str), Vec<Tensor>>>,
@@ -107,10 +103,6 @@ impl CudaBackend {
         // What is not the default before it has been seen to gain on a card: docs/open.md.
         let wanted = std::env::var("MINISGL_CUDA_TRY").unwrap_or_default();
         let tries = |name: &str| wanted.split(',').any(|wanted| wanted == name);
-        let ahead = Ahead::default();
-        if tries("ahead") {
-            ahead.set_bytes_max(16 << 20);
-        }
         tracing::info!(seconds = started.elapsed().as_secs_f64(), "staging memory is there");
         Ok(Self {
             gemm,
@@ -121,9 +113,8 @@ impl CudaBackend {
             exact,
             attention: attention.map_or_else(Default::default, |attention| attention.kernels),
             fault: Fault::from_environment(),
-            ahead,
             scratch: Mutex::default(),
-            products: Mutex::new(if tries("narrow") { Products::Narrow } else { Products::Few }),
+            products: Mutex::default(),
             fuses: AtomicBool::new(tries("fused")),
             fused_halves: AtomicUsize::new(0),
             clusters_at_once: OnceLock::new(),
@@ -189,24 +180,6 @@ impl CudaBackend {
     /// Whether decode steps of up to 8 rows take half a layer in one kernel, where it fits.
     pub fn set_fused_layers(&self, on: bool) {
         self.fuses.store(on, Ordering::Relaxed);
-    }
-
-    /// `rms_norm`, while what comes next is sent for.
-    pub(crate) fn norm(&self, x: &Tensor, norm: &Norm, next: Next, out: &Tensor) -> Result<()> {
-        let (weight, eps, shift) = norm_args(Some(norm));
-        let threads = (x.row_len() / 8).next_multiple_of(32).clamp(32, 512);
-        let Next { weights, bytes, blocks } = next;
-        self.simple(
-            "rms_norm",
-            Launch::new(x.dim(0) + blocks, threads),
-            args![x, weight, eps, shift, x.row_len(), out, weights, bytes, blocks],
-        )
-    }
-
-    /// Sends for so many bytes of the weights of a product while a kernel in front of it leaves the
-    /// memory idle; 0 for none.
-    pub fn set_weights_ahead(&self, bytes: usize) {
-        self.ahead.set_bytes_max(bytes);
     }
 
     /// How many halves of layers have been launched as one kernel so far.
@@ -403,7 +376,13 @@ impl Backend for CudaBackend {
 
     fn rms_norm(&self, x: &Tensor, norm: &Norm, out: &Tensor) -> Result<()> {
         self.settle()?;
-        self.norm(x, norm, Next::default(), out)
+        let (weight, eps, shift) = norm_args(Some(norm));
+        let threads = (x.row_len() / 8).next_multiple_of(32).clamp(32, 512);
+        self.simple(
+            "rms_norm",
+            Launch::new(x.dim(0), threads),
+            args![x, weight, eps, shift, x.row_len(), out],
+        )
     }
 
     fn attention_layer(&self, args: &AttentionLayer<'_>, hidden: &Tensor) -> Result<()> {
@@ -411,13 +390,7 @@ impl Backend for CudaBackend {
     }
 
     fn mlp(&self, args: &Mlp<'_>, hidden: &Tensor) -> Result<()> {
-        if self.fused_mlp_op(args, hidden)? {
-            return Ok(());
-        }
-        self.ahead.set_after_gate(Some(tensor(args.down).clone()));
-        let outcome = args.in_parts(self, hidden);
-        self.ahead.set_after_gate(None);
-        outcome
+        if self.fused_mlp_op(args, hidden)? { Ok(()) } else { args.in_parts(self, hidden) }
     }
 
     fn linear(&self, args: &Linear<'_>, out: &Tensor) -> Result<()> {

@@ -1,8 +1,7 @@
 //! Matrix products: our own kernels for few rows, cuBLASLt for many.
 
-use minisgl_tensor::{Activation, DType, Linear, Result, Store, Tensor};
+use minisgl_tensor::{Activation, Backend, DType, Linear, Result, Store, Tensor};
 
-use crate::ahead::Next;
 use crate::backend::{CudaBackend, Products, norm_args};
 use crate::device::{Launch, args};
 use crate::gemm::Product;
@@ -66,12 +65,10 @@ impl CudaBackend {
         self.linear_op(&Linear { store: Store::Set, ..*a }, &both)?;
         let count = rows * inner;
         let gelu = activation == Activation::GeluTanh;
-        let Next { weights, bytes, blocks } =
-            self.ahead.weights(self.ahead.take_after_gate().as_ref(), rows);
         self.simple(
             "gate",
-            Launch::new(count.div_ceil(2048) + blocks, 256),
-            args![&both, inner, gelu, count, out, weights, bytes, blocks],
+            Launch::new(count.div_ceil(2048), 256),
+            args![&both, inner, gelu, count, out],
         )
     }
 
@@ -79,15 +76,14 @@ impl CudaBackend {
     fn normed(&self, a: &Linear<'_>) -> Result<Tensor> {
         let Some(norm) = a.norm else { return Ok(a.x.clone()) };
         let normed = self.scratch("normed", self.dtype(), a.x.shape())?;
-        let next = self.ahead.weights(Some(tensor(a.weight)), a.x.dim(0));
-        self.norm(a.x, norm, next, &normed)?;
+        self.rms_norm(a.x, norm, &normed)?;
         Ok(normed)
     }
 
     fn prefers_gemv(&self, a: &Linear<'_>) -> bool {
         let weight = tensor(a.weight);
         !self.exact
-            && self.products() != Products::Library
+            && self.products() == Products::Own
             && a.x.dim(0) <= GEMV_ROWS_MAX
             && match self.streams() {
                 true => weight.row_len() <= STREAM_ROW_MAX,

@@ -89,7 +89,7 @@ impl CudaBackend {
         let (weight, rows) = (tensor(a.weight), a.x.dim(0));
         let rows_max = if gated || a.norm.is_some() { NORMED_ROWS_MAX } else { ROWS_MAX };
         self.card().has_warpgroups()
-            && self.products() == Products::Narrow
+            && self.products() == Products::Own
             && (GEMV_ROWS_MAX + 1..=rows_max).contains(&rows)
             && weight.elements() <= ELEMENTS_MAX
             && weight.row_len().is_multiple_of(8)
