@@ -396,14 +396,17 @@ fn shared_cases(r: &mut Rig, heads: Heads, page_size: usize) {
     // Few rows, so that units are spread over many blocks.
     let few = [(960 + 100, 1), (960 + 1, 1), (960 + 333, 1)];
     let three = [(vec![0, 1, 2], 960 / page_size)];
-    for (rows, shared) in [(&rows[..], &mixed[..]), (&full, &whole), (&few, &three)] {
-        for soft_cap in [None, Some(2.0)] {
-            // A window is another kernel's, whatever is shared.
-            for window in [None, Some(40)] {
-                attention_case(r, &Case { heads, page_size, rows, window, soft_cap, shared });
-            }
+    let mut run = |rows, window, soft_cap, shared| {
+        attention_case(r, &Case { heads, page_size, rows, window, soft_cap, shared });
+    };
+    for soft_cap in [None, Some(2.0)] {
+        // A window is another kernel's, whatever is shared.
+        for window in [None, Some(40)] {
+            run(&rows, window, soft_cap, &mixed);
         }
     }
+    run(&full, None, None, &whole);
+    run(&few, None, None, &three);
 }
 
 fn attention_case(r: &mut Rig, case: &Case<'_>) {
