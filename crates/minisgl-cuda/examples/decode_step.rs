@@ -1,8 +1,8 @@
 //! Times a whole decode step and a prefill step, operation by operation as the engine calls them,
 //! of Qwen3-0.6B's and Qwen3-14B's shapes on random weights: `decode_step [0.6b] [14b]
-//! [BATCH ...] [library] [halves:BLOCKS ...] [shared:TOKENS] [cascade]`; `library` leaves all products to
-//! cuBLASLt, `halves` adds the step as two halves side by side, where attention has so many blocks; with `shared` the rows' contexts begin with so many tokens in the same pages, and `cascade`
-//! reads these once for several rows. Up to 8 rows are timed with half a layer in one kernel, too.
+//! [BATCH ...] [library] [shared:TOKENS] [cascade]`; `library` leaves all products to cuBLASLt; with
+//! `shared` the rows' contexts begin with so many tokens in the same pages, and `cascade` reads these
+//! once for several rows. Up to 8 rows are timed with half a layer in one kernel, too.
 #![expect(clippy::print_stdout, reason = "this program's output is its table")]
 
 use std::sync::Arc;
@@ -91,8 +91,6 @@ fn main() -> Result<()> {
     let shared = wanted.iter().find_map(|word| word.strip_prefix("shared:")?.parse().ok());
     let shared_pages = shared.unwrap_or(0_usize).min(575) / PAGE;
     let mut batches: Vec<usize> = wanted.iter().filter_map(|w| w.parse().ok()).collect();
-    let blocks = wanted.iter().filter_map(|w| w.strip_prefix("halves:"));
-    let halves: Vec<usize> = blocks.filter_map(|blocks| blocks.parse().ok()).collect();
     let prefill = batches.is_empty();
     if prefill {
         batches = vec![1, 8, 16, 32, 64, 128, 256];
@@ -108,7 +106,7 @@ fn main() -> Result<()> {
             b.set_products(Products::Library);
         }
         println!("{}: ready {:.2} s after the start", b.name(), started.elapsed().as_secs_f64());
-        let model = bench(&b, shape, &batches, &halves, shared_pages)?;
+        let model = bench(&b, shape, &batches, shared_pages)?;
         if prefill {
             bench_prefill(&model)?;
         }
@@ -120,7 +118,6 @@ fn bench<'a>(
     b: &'a CudaBackend,
     shape: &'a Shape,
     batches: &[usize],
-    halves: &[usize],
     shared_pages: usize,
 ) -> Result<Model<'a>> {
     let started = Instant::now();
@@ -175,25 +172,6 @@ fn bench<'a>(
             let time = median(b, 30, || graph.launch())?;
             println!("     | {time:.3} with half a layer in one kernel");
             b.set_fused_layers(false);
-        }
-        for &blocks in halves.iter().filter(|_| rows > 8) {
-            let mut step =
-                Step { batch: Batch { host: None, ..step.batch.clone() }, ..step.share() };
-            step.batch.kv_len_max = 4096;
-            let parts = step.halves();
-            b.set_lane_attention_blocks(blocks);
-            let mut forward = || {
-                let [first, second] = &parts;
-                b.side_by_side(&mut [&mut || model.layers(first, ALL), &mut || {
-                    model.layers(second, ALL)
-                }])?;
-                model.tail(&step, ALL)
-            };
-            forward()?;
-            b.synchronize()?;
-            let graph = b.capture(&mut forward)?.expect("CUDA has graphs");
-            let time = median(b, 30, || graph.launch())?;
-            println!("     | {time:.3} as two halves, attention on {blocks} blocks");
         }
     }
     Ok(model)
@@ -280,11 +258,6 @@ impl<'a> Model<'a> {
     }
 
     fn forward(&self, s: &Step, parts: Parts) -> Result<()> {
-        self.layers(s, parts)?;
-        self.tail(s, parts)
-    }
-
-    fn layers(&self, s: &Step, parts: Parts) -> Result<()> {
         let (b, heads) = (self.b, self.shape.heads);
         let linear = |x: &Tensor, norm: Option<&Norm>, weight: &Weight, store, out: &Tensor| {
             if !parts.linear {
@@ -350,25 +323,10 @@ impl<'a> Model<'a> {
             }
             linear(&s.mid, None, &layer.down, Store::Add, &s.x)?;
         }
-        Ok(())
-    }
-
-    /// What follows the layers: the head, and a token a row.
-    fn tail(&self, s: &Step, parts: Parts) -> Result<()> {
-        let b = self.b;
         if parts.rest {
             b.gather(&s.x, &s.last, &s.rows_x)?;
         }
-        if parts.linear {
-            let args = Linear {
-                x: &s.rows_x,
-                norm: Some(&self.norm),
-                weight: &self.table,
-                bias: None,
-                store: Store::Set,
-            };
-            b.linear(&args, &s.logits)?;
-        }
+        linear(&s.rows_x, Some(&self.norm), &self.table, Store::Set, &s.logits)?;
         if parts.rest {
             let [temperature, top_k, top_p, min_p, seed, position, slots, tokens] = &s.sample;
             let token_table = &self.token_table;
@@ -498,25 +456,6 @@ impl Step {
                 ints(vec![0; n], &[n])?,
             ],
         })
-    }
-
-    /// The layers' part of two halves of the rows, over the same memory.
-    fn halves(&self) -> [Self; 2] {
-        let half = (self.batch.rows / 2).next_multiple_of(8);
-        let [first, second] = self.batch.split_decode(half);
-        let part = |batch, range: std::ops::Range<usize>| {
-            let rows = |tensor: &Tensor| tensor.rows(range.clone());
-            Self {
-                batch,
-                input_ids: rows(&self.input_ids),
-                x: rows(&self.x),
-                qkv: rows(&self.qkv),
-                attended: rows(&self.attended),
-                mid: rows(&self.mid),
-                ..self.share()
-            }
-        };
-        [part(first, 0..half), part(second, half..self.batch.rows)]
     }
 
     /// Another step over the same memory.

@@ -63,8 +63,7 @@ pub struct CudaBackend {
     pub(crate) attention: AttentionKernels,
     pub(crate) fault: Option<Fault>,
     clock: Clock,
-    /// By lane and name.
-    scratch: Mutex<HashMap<(usize, &'static str), Vec<Tensor>>>,
+    scratch: Mutex<HashMap<&'static str, Vec<Tensor>>>,
     products: Mutex<Products>,
     fuses: AtomicBool,
     fused_halves: AtomicUsize,
@@ -147,7 +146,7 @@ impl CudaBackend {
         shape: &[usize],
     ) -> Result<Tensor> {
         let mut all = self.scratch.lock().map_err(|_| fail("the scratch table is poisoned"))?;
-        let list = all.entry((self.device.lanes.current(), name)).or_default();
+        let list = all.entry(name).or_default();
         let bytes = dtype
             .bytes_of(shape.iter().product())
             .ok_or_else(|| fail("scratch of no whole blocks"))?;
@@ -214,12 +213,6 @@ impl CudaBackend {
 
     pub(crate) fn pending(&self) -> Result<MutexGuard<'_, Option<Pending>>> {
         self.pending.lock().map_err(|_| fail("the residual stream's state is poisoned"))
-    }
-
-    /// How many blocks decode attention has in a lane of `side_by_side`, to measure what is best; 0 is
-    /// the default, three quarters of the multiprocessors.
-    pub fn set_lane_attention_blocks(&self, blocks: usize) {
-        self.device.lanes.set_attention_blocks(blocks);
     }
 
     /// Weights drawn from a normal distribution, made on the card: what benchmarks run on.
@@ -310,11 +303,6 @@ impl Backend for CudaBackend {
             .result()
             .map_err(|e| driver("cuGraphUpload", e))?;
         Ok(Some(Box::new(CudaGraph { device: Arc::clone(&self.device), executable })))
-    }
-
-    fn side_by_side(&self, lanes: &mut [&mut dyn FnMut() -> Result<()>]) -> Result<()> {
-        self.settle()?;
-        self.device.side_by_side(lanes)
     }
 
     fn mark(&self) -> Result<Option<Box<dyn Mark>>> {

@@ -180,8 +180,7 @@ impl CudaBackend {
         out: &Tensor,
     ) -> Result<()> {
         let (batch, Heads { q, kv, dim }) = (a.batch, a.heads);
-        let rows = batch.decode_rows;
-        let blocks = self.device.lanes.attention_blocks(self.device.multiprocessors);
+        let (rows, blocks) = (batch.decode_rows, self.device.multiprocessors);
         let lots = self.lots(a)?;
         let (module, defines) = stream_variant(a.heads, lots.is_some());
         let unit_heads = if lots.is_some() { GROUP_MAX } else { q / kv };

@@ -1,4 +1,4 @@
-//! A card: its context, the streams that everything runs on, memory and launches.
+//! A card: its context, the one stream that everything runs on, memory and launches.
 
 use std::ffi::c_void;
 use std::sync::{Arc, OnceLock};
@@ -7,15 +7,12 @@ use cudarc::driver::{DriverError, result, sys};
 use minisgl_tensor::{BackendError, Memory, MemoryInfo, Result, Tensor};
 
 use crate::group::Group;
-use crate::lanes::Lanes;
 
-/// The context and the streams of one card.
+/// The context and the stream of one card.
 pub(crate) struct Device {
     pub(crate) context: sys::CUcontext,
     pub(crate) handle: sys::CUdevice,
-    /// Everything runs on this one, but what runs side by side: see `current_stream`.
     pub(crate) stream: sys::CUstream,
-    pub(crate) lanes: Lanes,
     pub(crate) name: String,
     /// Compute capability: `(9, 0)`.
     pub(crate) capability: (i32, i32),
@@ -89,7 +86,6 @@ impl Device {
             handle,
             stream: result::stream::create(result::stream::StreamKind::NonBlocking)
                 .map_err(|e| driver("cuStreamCreate", e))?,
-            lanes: Lanes::new()?,
             name: result::device::get_name(handle).map_err(|e| driver("cuDeviceGetName", e))?,
             capability,
             multiprocessors: attribute(A::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize,
@@ -125,7 +121,7 @@ impl Device {
         let memory = DeviceMemory { device: Arc::clone(self), address, bytes: bytes.max(16) };
         if !self.is_capturing()? {
             // SAFETY: the range was just allocated.
-            unsafe { result::memset_d8_async(address, 0, memory.bytes, self.current_stream()) }
+            unsafe { result::memset_d8_async(address, 0, memory.bytes, self.stream) }
                 .map_err(|e| driver("cuMemsetD8Async", e))?;
         } else {
             // SAFETY: as above; the legacy stream is not being captured.
@@ -137,7 +133,7 @@ impl Device {
 
     pub(crate) fn is_capturing(&self) -> Result<bool> {
         // SAFETY: the stream lives as long as `self`.
-        let status = unsafe { result::stream::is_capturing(self.current_stream()) }
+        let status = unsafe { result::stream::is_capturing(self.stream) }
             .map_err(|e| driver("cuStreamIsCapturing", e))?;
         Ok(status != sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE)
     }
@@ -252,62 +248,47 @@ impl Device {
         words: &mut [*mut c_void],
     ) -> Result<()> {
         self.bind()?;
-        let serial = self.lanes.take_crossing();
-        self.with_config(shape, serial, |config| {
-            // SAFETY: config and arguments outlive the call; the driver copies both.
-            unsafe {
-                sys::cuLaunchKernelEx(config, function.0, words.as_mut_ptr(), std::ptr::null_mut())
-            }
-            .result()
-            .map_err(|e| driver("cuLaunchKernelEx", e))
-        })
+        // Both are new with 9.0.
+        let attributes: &mut [_] = match (self.capability.0, shape.cluster) {
+            (..9, _) => &mut [],
+            (_, 1) => &mut [starts_early()],
+            _ => &mut [starts_early(), clusters_of(shape.cluster)],
+        };
+        let config = self.config(shape, attributes);
+        // SAFETY: config, attributes and arguments outlive the call; the driver copies them.
+        unsafe {
+            sys::cuLaunchKernelEx(
+                &raw const config,
+                function.0,
+                words.as_mut_ptr(),
+                std::ptr::null_mut(),
+            )
+        }
+        .result()
+        .map_err(|e| driver("cuLaunchKernelEx", e))
     }
 
     /// How many clusters of such blocks the card holds at once.
     pub(crate) fn clusters_at_once(&self, function: Function, shape: Launch) -> Result<usize> {
         self.bind()?;
+        let mut attributes = [clusters_of(shape.cluster)];
+        let config = self.config(shape, &mut attributes);
         let mut count = 0;
-        self.with_config(shape, true, |config| {
-            // SAFETY: config outlives the call; the function belongs to a module that is never unloaded.
-            unsafe { sys::cuOccupancyMaxActiveClusters(&raw mut count, function.0, config) }
-                .result()
-                .map_err(|e| driver("cuOccupancyMaxActiveClusters", e))
-        })?;
+        // SAFETY: config and attributes outlive the call; the function belongs to a module that is never
+        // unloaded.
+        unsafe { sys::cuOccupancyMaxActiveClusters(&raw mut count, function.0, &raw const config) }
+            .result()
+            .map_err(|e| driver("cuOccupancyMaxActiveClusters", e))?;
         Ok(count as usize)
     }
 
-    /// A launch's description; a `serial` one starts when what is in front is done.
-    fn with_config<R>(
+    /// A launch's description, which points at the attributes.
+    fn config(
         &self,
         shape: Launch,
-        serial: bool,
-        then: impl FnOnce(&sys::CUlaunchConfig) -> R,
-    ) -> R {
-        use sys::CUlaunchAttributeID as Id;
-        let attribute = |id, value| sys::CUlaunchAttribute { id, pad: [0; 4], value };
-        let [x, y, z] = [shape.cluster as u32, 1, 1];
-        let mut attributes = [
-            attribute(
-                Id::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
-                sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
-            ),
-            attribute(
-                Id::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
-                sys::CUlaunchAttributeValue {
-                    clusterDim: sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x, y, z },
-                },
-            ),
-        ];
-        // Both are new with 9.0.
-        let used = match (self.capability.0, shape.cluster) {
-            (..9, _) => 0..0,
-            (_, 1) => 0..1,
-            _ => 0..2,
-        };
-        // Behind another lane's work, a kernel starts when all of that is done.
-        let used = if serial { used.end.min(1)..used.end } else { used };
-        let attributes = &mut attributes[used];
-        let config = sys::CUlaunchConfig {
+        attributes: &mut [sys::CUlaunchAttribute],
+    ) -> sys::CUlaunchConfig {
+        sys::CUlaunchConfig {
             gridDimX: shape.grid[0] as u32,
             gridDimY: shape.grid[1] as u32,
             gridDimZ: shape.grid[2] as u32,
@@ -315,11 +296,29 @@ impl Device {
             blockDimY: 1,
             blockDimZ: 1,
             sharedMemBytes: shape.shared as u32,
-            hStream: self.current_stream(),
+            hStream: self.stream,
             attrs: attributes.as_mut_ptr(),
             numAttrs: attributes.len() as u32,
-        };
-        then(&config)
+        }
+    }
+}
+
+/// A kernel may start while the one in front ends; it says itself what it waits for.
+fn starts_early() -> sys::CUlaunchAttribute {
+    sys::CUlaunchAttribute {
+        id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+        pad: [0; 4],
+        value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+    }
+}
+
+/// So many blocks side by side in x are a cluster.
+fn clusters_of(blocks: usize) -> sys::CUlaunchAttribute {
+    let cluster = sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x: blocks as u32, y: 1, z: 1 };
+    sys::CUlaunchAttribute {
+        id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
+        pad: [0; 4],
+        value: sys::CUlaunchAttributeValue { clusterDim: cluster },
     }
 }
 
@@ -328,7 +327,6 @@ impl Drop for Device {
         if self.bind().is_ok() {
             // SAFETY: nobody else holds the stream or this retain of the context.
             unsafe {
-                self.lanes.destroy();
                 let _ = result::stream::destroy(self.stream);
                 let _ = result::primary_ctx::release(self.handle);
             }

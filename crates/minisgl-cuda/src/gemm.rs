@@ -7,7 +7,6 @@ use cudarc::driver::sys::CUstream;
 use minisgl_tensor::{DType, Memory, Result, Tensor};
 
 use crate::device::{Device, DeviceMemory, fail};
-use crate::lanes::LANES;
 use crate::tuning::{Algorithms, Shape, Stopwatch};
 
 const WORKSPACE: usize = 64 << 20;
@@ -26,8 +25,7 @@ pub(crate) struct Product<'a> {
 pub(crate) struct Gemm {
     device: Arc<Device>,
     handle: sys::cublasLtHandle_t,
-    /// Products that run side by side have one each.
-    workspaces: [Arc<DeviceMemory>; LANES],
+    workspace: Arc<DeviceMemory>,
     algorithms: Algorithms,
     /// Made when there is something to time.
     stopwatch: Mutex<Option<Stopwatch>>,
@@ -51,7 +49,7 @@ impl Gemm {
         Ok(Self {
             device: Arc::clone(device),
             handle: lt::create_handle().map_err(|e| fail(format!("cublasLtCreate: {e}")))?,
-            workspaces: [device.alloc(WORKSPACE)?, device.alloc(WORKSPACE)?],
+            workspace: device.alloc(WORKSPACE)?,
             // SAFETY: asks for a number.
             algorithms: Algorithms::open(&device.name, unsafe { sys::cublasLtGetVersion() }),
             stopwatch: Mutex::default(),
@@ -85,9 +83,12 @@ impl Gemm {
                 algorithm
             }
         };
-        let workspace = self.workspaces[self.device.lanes.current()].address();
-        let stream = self.device.current_stream();
-        self.enqueue(&plan, product, product.out, (&algorithm, workspace, stream))
+        self.enqueue(
+            &plan,
+            product,
+            product.out,
+            (&algorithm, self.workspace.address(), self.device.stream),
+        )
     }
 
     /// Times the heuristic's candidates, on a stream, a workspace and into an output of their own.

@@ -5,10 +5,11 @@
 //! compiled for the card's own architecture at first use and kept as cubins on disk.
 //!
 //! Reading order: `device` (context, stream, memory, launches), `staging` (copies), `kernels`
-//! (compiling and caching), `lanes` (work side by side), `gemm` and `tuning` (cuBLASLt), `weights`, and `backend` with its
-//! operations in `linear`, `narrow`, `rope`, `attention`, `decode`, `half_layer`, `moe` and `sampling`; `choice` is
-//! which attention kernels run, `clock` tells when. Several cards: `collective`, over `mailbox` (peer memory) and `nccl`;
-//! `group` is what ends them together. `fault` breaks things on purpose, `nvtx` names them for profilers.
+//! (compiling and caching), `gemm` and `tuning` (cuBLASLt), `weights`, and `backend` with its
+//! operations in `linear`, `narrow`, `rope`, `attention`, `decode`, `half_layer`, `moe` and `sampling`;
+//! `choice` is which attention kernels run, `clock` tells when. Several cards: `collective`, over
+//! `mailbox` (peer memory) and `nccl`; `group` is what ends them together. `fault` breaks things on
+//! purpose, `nvtx` names them for profilers.
 
 mod attention;
 mod backend;
@@ -22,7 +23,6 @@ mod gemm;
 mod group;
 mod half_layer;
 mod kernels;
-mod lanes;
 mod linear;
 mod mailbox;
 mod moe;

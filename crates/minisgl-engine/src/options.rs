@@ -20,10 +20,6 @@ pub struct EngineOptions {
     /// The largest decode batch that runs as a captured graph, on devices that have them; 0 for
     /// none.
     pub graph_batch_max: usize,
-    /// Decode batches of at least this many rows run as two halves side by side, where one device
-    /// holds the whole model: the weights are read twice, but one half's attention runs beside the
-    /// other's products. 0 for never.
-    pub two_batch_min: usize,
     /// Random weights in place of the checkpoint's.
     pub dummy_weights: bool,
     /// Whether results say when the device ran a step, where it can: for timelines.
@@ -52,7 +48,6 @@ impl Default for EngineOptions {
             seq_len_max: None,
             step_tokens_max: 2048,
             graph_batch_max: 256,
-            two_batch_min: 0,
             dummy_weights: false,
             note_device_times: false,
         }

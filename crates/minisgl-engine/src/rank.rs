@@ -39,7 +39,6 @@ pub struct LoadedRank {
     shares: Shares,
     page_size: usize,
     graph_batch_max: usize,
-    two_batch_min: usize,
     seq_len_max: usize,
     note_device_times: bool,
     /// `[2, rows] I32`: tokens to score and their targets.
@@ -105,7 +104,6 @@ impl LoadedRank {
             .with_context(sized_by)?,
             score_inputs: backend.alloc(DType::I32, &[2, sizes.rows])?,
             graph_batch_max: options.graph_batch_max.min(sizes.rows),
-            two_batch_min: options.two_batch_min,
             seq_len_max,
             page_size: options.page_size,
             // Only the first rank reports.
@@ -177,7 +175,7 @@ impl Rank {
             return sampler::sample(&*backend, &self.loaded.workspace, plan, &inputs, &logits);
         }
         let ctx = self.ctx(&inputs.batch, &inputs.ids);
-        self.forward(&ctx)?;
+        self.loaded.model.forward(&ctx)?;
         // Scores come first: they and the sampled rows' logits share a buffer.
         let scores = self.score(&ctx, plan)?;
         let mut collected = match sampled {
@@ -189,31 +187,6 @@ impl Rank {
         };
         collected.add_scores(scores);
         Ok(collected)
-    }
-
-    /// The forward pass: of many decode rows, that of both halves side by side.
-    fn forward(&self, ctx: &ForwardCtx<'_>) -> Result<(), BackendError> {
-        let LoadedRank { model, two_batch_min, .. } = &self.loaded;
-        let rows = ctx.batch.decode_rows;
-        // Two streams would issue collectives in an order of their own on each rank.
-        let splits = rows == ctx.batch.rows
-            && rows > 8
-            && *two_batch_min > 0
-            && rows >= *two_batch_min
-            && ctx.collective.size() == 1;
-        if !splits {
-            return model.forward(ctx);
-        }
-        // Kernels read a row's numbers four at a time, and multiply eight rows at a time.
-        let half = (rows / 2).next_multiple_of(8);
-        let [first, second] = ctx.batch.split_decode(half);
-        let workspace = ctx.workspace.behind(half);
-        let [first_ids, second_ids] = [0..half, half..rows].map(|range| ctx.input_ids.rows(range));
-        let first = ForwardCtx { batch: &first, input_ids: &first_ids, ..*ctx };
-        let second =
-            ForwardCtx { batch: &second, input_ids: &second_ids, workspace: &workspace, ..*ctx };
-        ctx.backend
-            .side_by_side(&mut [&mut || model.forward(&first), &mut || model.forward(&second)])
     }
 
     fn logits(&self, ctx: &ForwardCtx<'_>, inputs: &StepInputs) -> Result<Tensor, BackendError> {
@@ -302,7 +275,7 @@ impl Rank {
         let ctx = self.ctx(&batch, &inputs.ids);
         let mut logits = None;
         let mut forward = || {
-            self.forward(&ctx)?;
+            self.loaded.model.forward(&ctx)?;
             logits = Some(self.loaded.model.head().forward(&ctx, &ctx.hidden())?);
             Ok(())
         };

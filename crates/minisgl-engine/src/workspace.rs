@@ -20,7 +20,6 @@ pub struct StepSizes {
 }
 
 /// Activations and results.
-#[derive(Clone)]
 pub struct Workspace {
     /// `[tokens, hidden]`: the residual stream.
     pub hidden: Tensor,
@@ -46,7 +45,6 @@ pub struct Workspace {
 }
 
 /// Where `Backend::logprobs` writes.
-#[derive(Clone)]
 pub struct LogprobBuffers {
     /// `[rows] F32`.
     pub logprob: Tensor,
@@ -59,20 +57,6 @@ pub struct LogprobBuffers {
 }
 
 impl Workspace {
-    /// The same memory without what the first `tokens` tokens take of the activations: a forward pass
-    /// of others fits behind them. Where logits and results go stays.
-    pub fn behind(&self, tokens: usize) -> Self {
-        let behind = |x: &Tensor| x.rows(tokens..x.dim(0));
-        Self {
-            hidden: behind(&self.hidden),
-            delta: behind(&self.delta),
-            qkv: behind(&self.qkv),
-            attention: behind(&self.attention),
-            inner: behind(&self.inner),
-            ..self.clone()
-        }
-    }
-
     pub fn new(
         backend: &dyn Backend,
         config: &ModelConfig,

@@ -35,28 +35,7 @@ fn engine(
     transport: Transport,
     graph_batch_max: usize,
 ) -> LocalEngine {
-    let options = EngineOptions {
-        precision: Precision::Exact,
-        page_size: 16,
-        kv_size: KvSize::Pages(16),
-        running_requests_max: 4,
-        seq_len_max: Some(64),
-        step_tokens_max: 64,
-        graph_batch_max,
-        two_batch_min: 0,
-        dummy_weights: false,
-        note_device_times: false,
-    };
-    start(tiny, cards, transport, options)
-}
-
-fn start(
-    tiny: &Tiny,
-    cards: &[usize],
-    transport: Transport,
-    options: EngineOptions,
-) -> LocalEngine {
-    let precision = options.precision;
+    let precision = Precision::Exact;
     let open = |&device| Arc::new(CudaBackend::new(CudaOptions::new(device, precision)).unwrap());
     let backends: Vec<_> = cards.iter().map(open).collect();
     let ends: Vec<Arc<dyn Collective>> = match cards.len() {
@@ -65,6 +44,17 @@ fn start(
             let timeout = Duration::from_secs(30);
             group(&backends, GroupOptions { timeout, transport }).unwrap()
         }
+    };
+    let options = EngineOptions {
+        precision,
+        page_size: 16,
+        kv_size: KvSize::Pages(16),
+        running_requests_max: 4,
+        seq_len_max: Some(64),
+        step_tokens_max: 64,
+        graph_batch_max,
+        dummy_weights: false,
+        note_device_times: false,
     };
     let checkpoint = Arc::new(Checkpoint::open(tiny.folder()).unwrap());
     let ranks = backends.into_iter().zip(ends).map(|(b, end)| (b as Arc<dyn Backend>, end));
@@ -129,76 +119,6 @@ fn ranks_that_share_a_card_write_the_stored_tokens() {
                 check(&tiny, name, cards, Transport::Peers, graph_batch_max);
             }
         }
-    }
-}
-
-/// The rows of a step, one behind the other in the pool: the prompt, then `steps` decodes of all.
-fn crowd(
-    engine: &mut LocalEngine,
-    prompt: &[u32],
-    rows: u32,
-    steps: usize,
-) -> Vec<Vec<Option<u32>>> {
-    let params = Arc::new(SamplingParams { temperature: 0.0, ..SamplingParams::default() });
-    let mut step = |at: usize| {
-        let row = |slot: u32| {
-            let prompt = &prompt[slot as usize % 3..];
-            let (cached_len, input) = match at {
-                0 => (0, RowInput::Tokens(prompt.to_vec())),
-                at => (prompt.len() + at - 1, RowInput::Sampled),
-            };
-            let extend_len = if at == 0 { prompt.len() } else { 1 } as u32;
-            let output = RowOutput::Sample(Arc::clone(&params));
-            PlanRow { slot: Slot(slot), cached_len: cached_len as u32, extend_len, input, output }
-        };
-        let pages = |slot: u32| {
-            let page =
-                move |index| PageUpdate { slot: Slot(slot), index, page: PageId(4 * slot + index) };
-            (0..4).map(page)
-        };
-        let page_updates = if at == 0 { (0..rows).flat_map(pages).collect() } else { Vec::new() };
-        let rows = (0..rows).map(row).collect();
-        let shared_prefixes = Vec::new();
-        let plan =
-            StepPlan { step: at as u64, rows, page_updates, adjustments: None, shared_prefixes };
-        let in_flight = engine.launch(Arc::new(plan)).unwrap();
-        engine.wait(in_flight).unwrap().tokens
-    };
-    (0..=steps).map(&mut step).collect()
-}
-
-#[test]
-fn two_halves_side_by_side_give_the_tokens_of_the_whole() {
-    if minisgl_cuda::devices().is_empty() {
-        return eprintln!("two halves: skipped, no CUDA device on this machine");
-    }
-    for name in ALL {
-        let tiny = Tiny::load(name);
-        // In f32 by the exact kernels, in bf16 by those that serve.
-        for precision in [Precision::Exact, Precision::Native] {
-            let tokens = |graph_batch_max, two_batch_min| {
-                let options = EngineOptions {
-                    precision,
-                    page_size: 16,
-                    kv_size: KvSize::Pages(48 * 4),
-                    running_requests_max: 48,
-                    seq_len_max: Some(64),
-                    step_tokens_max: 2048,
-                    graph_batch_max,
-                    two_batch_min,
-                    note_device_times: false,
-                    dummy_weights: false,
-                };
-                crowd(&mut start(&tiny, &[0], Transport::Auto, options), &tiny.prompt, 48, 12)
-            };
-            for graph_batch_max in [0, 48] {
-                // In bf16, products of 48 rows and of 24 may round differently: there halves in a
-                // graph are held against halves outside of one.
-                let whole = if precision == Precision::Exact { 0 } else { 48 };
-                assert_eq!(tokens(graph_batch_max, 48), tokens(0, whole), "{name}, {precision:?}");
-            }
-        }
-        eprintln!("{name}, two halves: the tokens of the whole");
     }
 }
 

@@ -26,7 +26,6 @@ fn options() -> EngineOptions {
         seq_len_max: Some(64),
         step_tokens_max: 64,
         graph_batch_max: 4,
-        two_batch_min: 0,
         dummy_weights: false,
         note_device_times: false,
     }
@@ -102,31 +101,6 @@ fn steps_launched_ahead_follow_the_tokens_on_the_device() {
     let tokens: Vec<u32> =
         in_flight.into_iter().map(|step| engine.wait(step).unwrap().tokens[0].unwrap()).collect();
     assert_eq!(tokens, tiny.tokens);
-}
-
-#[test]
-fn two_halves_side_by_side_give_the_tokens_of_the_whole() {
-    let tiny = Tiny::load("qwen3");
-    let decodes = |two_batch_min| {
-        let backend = Arc::<Reference>::default();
-        let rows = EngineOptions { running_requests_max: 12, two_batch_min, ..options() };
-        let rows = EngineOptions { kv_size: KvSize::Pages(48), step_tokens_max: 512, ..rows };
-        let mut engine = start(open(&tiny), &rows, &backend).unwrap();
-        let prompt = |slot: u32| tiny.prompt[slot as usize % 3..].to_vec();
-        let rows = |step: usize| -> Vec<PlanRow> {
-            let decode = |slot| row(slot, prompt(slot).len() + step, RowInput::Sampled);
-            (0..12).map(decode).collect()
-        };
-        let prompts = (0..12).map(|slot| row(slot, 0, RowInput::Tokens(prompt(slot)))).collect();
-        run(&mut engine, prompts).unwrap();
-        let before = backend.embeds.load(Ordering::SeqCst);
-        let tokens: Vec<_> =
-            (0..4).map(|step| run(&mut engine, rows(step)).unwrap().tokens).collect();
-        (tokens, backend.embeds.load(Ordering::SeqCst) - before)
-    };
-    let (whole, passes) = decodes(13);
-    // 8 rows and 4.
-    assert_eq!((decodes(12), passes), ((whole, 8), 4));
 }
 
 #[test]

@@ -30,7 +30,6 @@ fn options() -> EngineOptions {
         seq_len_max: Some(64),
         step_tokens_max: 64,
         graph_batch_max: 0,
-        two_batch_min: 0,
         dummy_weights: false,
         note_device_times: false,
     }

@@ -68,7 +68,6 @@ fn engine(tiny: &Tiny, page_size: usize, on: On, count: usize) -> LocalEngine {
         seq_len_max: Some(64),
         step_tokens_max: 64,
         graph_batch_max: 0,
-        two_batch_min: 0,
         dummy_weights: false,
         note_device_times: false,
     };

@@ -26,7 +26,6 @@ struct Way {
     pages: usize,
     step_tokens_max: usize,
     slots: usize,
-    two_batch_min: usize,
 }
 
 const ROOMY: Way = Way {
@@ -36,7 +35,6 @@ const ROOMY: Way = Way {
     pages: 200,
     step_tokens_max: 256,
     slots: 16,
-    two_batch_min: 0,
 };
 
 fn engine(tiny: &Tiny, way: Way) -> LocalEngine {
@@ -48,7 +46,6 @@ fn engine(tiny: &Tiny, way: Way) -> LocalEngine {
         seq_len_max: Some(64),
         step_tokens_max: way.step_tokens_max,
         graph_batch_max: 4,
-        two_batch_min: way.two_batch_min,
         dummy_weights: false,
         note_device_times: false,
     };
@@ -131,7 +128,6 @@ fn tokens_do_not_depend_on_how_steps_are_cut() {
         Way { page_size: 1, pages: 700, ..ROOMY },
         Way { page_size: 16, pages: 60, step_tokens_max: 7, slots: 5, ..ROOMY },
         Way { step_tokens_max: 16, ..ROOMY },
-        Way { two_batch_min: 9, ..ROOMY },
         tight,
         Way { overlap: false, ..tight },
         Way { cache: CacheType::Naive, step_tokens_max: 16, ..tight },

@@ -53,7 +53,6 @@ fn serve(
         seq_len_max: Some(160),
         step_tokens_max: 64,
         graph_batch_max: 0,
-        two_batch_min: 0,
         dummy_weights: false,
         note_device_times: false,
     };

@@ -61,12 +61,6 @@ pub trait Backend: Send + Sync {
     /// Records what `enqueue` enqueues as a graph that can be launched again and again, without
     /// running it. `None` on a device without graphs: run `enqueue` each time instead.
     fn capture(&self, enqueue: &mut dyn FnMut() -> Result<()>) -> Result<Option<Box<dyn Graph>>>;
-    /// Enqueues lanes of operations that a device may run side by side: what a lane enqueues is
-    /// ordered behind what came before this call and behind its own, and what comes after this call
-    /// is behind all of them. No lane writes what another reads or writes.
-    fn side_by_side(&self, lanes: &mut [&mut dyn FnMut() -> Result<()>]) -> Result<()> {
-        lanes.iter_mut().try_for_each(|lane| lane())
-    }
     /// Marks this place in what is enqueued, to learn when the device came to it. `None` on a device
     /// whose operations are done when their calls come back: there the host's own times say it.
     fn mark(&self) -> Result<Option<Box<dyn Mark>>> {
@@ -330,39 +324,6 @@ pub struct SharedPrefixes {
     pub tokens: Tensor,
     /// `[decode_rows]`: the tokens of the row's lot; 0 where it is in none.
     pub covered: Tensor,
-}
-
-impl Batch {
-    /// Two halves of a batch of nothing but decode rows, the first of `rows` rows. What rows share is
-    /// left out: lots go across the halves.
-    ///
-    /// # Panics
-    /// If there are fewer rows, or rows of several tokens.
-    pub fn split_decode(&self, rows: usize) -> [Self; 2] {
-        assert!(self.decode_rows == self.rows && self.rows == self.tokens && rows <= self.rows);
-        [0..rows, rows..self.rows].map(|range| {
-            let part = |tensor: &Tensor| tensor.rows(range.clone());
-            let starts = 0..=range.len() as i32;
-            let host = self.host.as_ref().map(|host| HostBatch {
-                query_start: starts.collect(),
-                kv_len: host.kv_len[range.clone()].to_vec(),
-            });
-            Self {
-                rows: range.len(),
-                tokens: range.len(),
-                decode_rows: range.len(),
-                slots: part(&self.slots),
-                // Row i's token is token i in both.
-                query_start: self.query_start.first(range.len() + 1),
-                kv_len: part(&self.kv_len),
-                positions: part(&self.positions),
-                store_at: part(&self.store_at),
-                host: host.map(Arc::new),
-                shared: None,
-                ..self.clone()
-            }
-        })
-    }
 }
 
 /// A step's lengths on the host.

@@ -155,7 +155,6 @@ fn engine_options(device: Device, options: &RuntimeOptions) -> EngineOptions {
         seq_len_max: options.max_seq_len_override,
         step_tokens_max: options.max_prefill_length.unwrap_or(step_tokens),
         graph_batch_max: options.cuda_graph_max_bs.unwrap_or(defaults.graph_batch_max),
-        two_batch_min: options.two_batch_overlap.unwrap_or(defaults.two_batch_min),
         dummy_weights: options.dummy_weight,
         note_device_times: options.trace.is_some(),
     }

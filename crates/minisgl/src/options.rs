@@ -76,11 +76,6 @@ pub struct RuntimeOptions {
     #[arg(long, visible_alias = "graph", value_name = "REQUESTS", help_heading = "Device")]
     pub cuda_graph_max_bs: Option<usize>,
 
-    /// Decode batches of at least so many requests run on a GPU as two halves side by side; 0 for
-    /// never [default: 0]
-    #[arg(long, value_name = "REQUESTS", help_heading = "Device")]
-    pub two_batch_overlap: Option<usize>,
-
     /// Attention kernels of an NVIDIA GPU: auto, mma or wgmma for prompts, then auto, split, stream
     /// or cascade for single tokens, where cascade reads a prefix that requests share once for several
     /// of them; auto alone is never cascade, else the fastest that can run

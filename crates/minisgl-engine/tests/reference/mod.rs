@@ -17,7 +17,7 @@ pub struct Reference {
     pub fail_at: AtomicUsize,
     /// This call of `embed` panics.
     pub panic_at: AtomicUsize,
-    pub embeds: AtomicUsize,
+    embeds: AtomicUsize,
     /// Calls of `mark`.
     pub marks: AtomicUsize,
     /// As `Backend::prefix_rows_max`, where it is not 0.
