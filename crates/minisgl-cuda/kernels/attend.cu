@@ -2,17 +2,21 @@
 //
 // A cluster has a KV head with its group of query heads: Q, K and V of all rows, their rotation, K and V
 // into the cache, attention, and the head's part of the output projection. The tiles of all rows' contexts,
-// behind one another, are divided evenly between its blocks. A block sends what it summed for a row to the
-// blocks that this row's dimensions are shared out to; those merge them and send the result to all.
+// behind one another, are divided evenly between its blocks. A block sends what it summed for a row to all
+// blocks, and each merges all rows.
 //
-// In shared memory: `stages` tiles on their way; the block's rows of the first matrix and of the second; the
-// normed rows, and later, in the same place, [CLUSTER][own dimensions] sums, [CLUSTER][ROWS · group] tops and
-// the attended rows; q, k and v of all rows; one row's rotated q; sums.
+// In shared memory: STAGES tiles on their way; the block's rows of the first matrix; the normed rows, and
+// later, in the same place, the attended ones; q, k and v of all rows; one row's rotated q. The first matrix
+// is gone once it has been multiplied, and in its place come the rows of the second, sums, and what all
+// blocks summed: for each pair of a row and a block that has tiles of it, [group][DIM] sums, and their tops.
 
 // Tiles of a block: FIRST of its rows of the first matrix, and SECOND of the second. GROUP query heads a
 // KV head.
-#define STAGES_MAX 24
 #define QKV ((GROUP + 2) * DIM)
+// Tiles on their way, one of each warp: a place in the ring is always the same warp's.
+#define STAGES WARPS
+// Pairs of a row and a block that has tiles of it, counted by the sum of both.
+#define PAIRS_MAX (ROWS + CLUSTER - 1)
 
 struct Args {
     Residual residual;
@@ -20,7 +24,7 @@ struct Args {
     bf16 *k_pages; bf16 *v_pages;
     const int *slots; const int *kv_len; const int *page_table; const int *store_at;
     const float *rope; const float *q_norm; const float *k_norm;
-    int kv_heads, pages_a_row, page_shift, stages, early;
+    int kv_heads, pages_a_row, page_shift, early;
     float q_eps, q_shift, k_eps, k_shift;
     Scores scores;
 };
@@ -70,22 +74,13 @@ __device__ __forceinline__ void divide(const Args &a, int rank, Work &work) {
     __syncwarp();
 }
 
-// What other blocks will send of the rows that this one has a share of, `own` dimensions, in bytes. A whole
-// warp, a lane a row.
-__device__ __forceinline__ int parts_bytes(const Work &work, int rank, int own) {
-    int row = threadIdx.x & 31, bytes = 0;
-    if (row < work.rows && !work.is_empty(row)) {
-        int senders = work.last_block(row) - work.first_block(row) + 1;
-        if (work.first_block(row) <= rank && rank <= work.last_block(row)) senders--;
+// What all blocks together send to each of them, in bytes. A whole warp, a lane a row.
+__device__ __forceinline__ int parts_bytes(const Work &work) {
+    int row = threadIdx.x & 31, pairs = 0;
+    if (row < work.rows && !work.is_empty(row)) pairs = work.last_block(row) - work.first_block(row) + 1;
 #pragma unroll
-        for (int i = 0; i < GROUP; i++) {
-            int head = row * GROUP + i, values = min((head + 1) * DIM, (rank + 1) * own) - max(head * DIM, rank * own);
-            if (values > 0) bytes += senders * (values * 4 + 16);
-        }
-    }
-#pragma unroll
-    for (int i = ROWS / 2; i; i /= 2) bytes += __shfl_xor_sync(~0u, bytes, i);
-    return bytes;
+    for (int i = ROWS / 2; i; i /= 2) pairs += __shfl_xor_sync(~0u, pairs, i);
+    return pairs * GROUP * (DIM * 4 + 16);
 }
 
 // Row of the cache at which the tile begins.
@@ -98,20 +93,22 @@ __device__ __forceinline__ int find(const Args &a, const Work &work, int tile, i
 
 struct Ring {
     u32 memory, full, free;
-    int stages;
-    __device__ __forceinline__ u32 tile(int i) const { return memory + i % stages * STAGE_BYTES; }
-    __device__ __forceinline__ u32 full_at(int i) const { return full + i % stages * 8; }
-    __device__ __forceinline__ u32 free_at(int i) const { return free + i % stages * 8; }
-    __device__ __forceinline__ u32 parity(int i) const { return i / stages & 1; }
+    __device__ __forceinline__ u32 tile(int i) const { return memory + i % STAGES * STAGE_BYTES; }
+    __device__ __forceinline__ u32 full_at(int i) const { return full + i % STAGES * 8; }
+    __device__ __forceinline__ u32 free_at(int i) const { return free + i % STAGES * 8; }
+    __device__ __forceinline__ u32 parity(int i) const { return i / STAGES & 1; }
 };
 
-__device__ __forceinline__ void fetch_tiles(const Args &a, const Work &work, const TensorMap &k_map, const TensorMap &v_map, const Ring &ring, int kv_head) {
+// Fetches the block's tiles; `then` runs once the ring is full, or all of them are under way. A whole warp.
+template <typename Then>
+__device__ __forceinline__ void fetch_tiles(const Args &a, const Work &work, const TensorMap &k_map, const TensorMap &v_map, const Ring &ring, int kv_head, Then then) {
     int lane = threadIdx.x & 31, count = work.to - work.from, next = find(a, work, work.from + lane, kv_head);
     for (int first = 0; first < count; first += 32) {
         int now = next;
         next = find(a, work, work.from + first + 32 + lane, kv_head);
         for (int i = first; i < min(first + 32, count); i++) {
             int y = __shfl_sync(~0u, now, i - first);
+            if (i == STAGES) then();
             if (lane > 0) continue;
             barrier_wait(ring.free_at(i), ring.parity(i) ^ 1);
             barrier_expect(ring.full_at(i), STAGE_BYTES);
@@ -119,12 +116,13 @@ __device__ __forceinline__ void fetch_tiles(const Args &a, const Work &work, con
             fetch_parts(ring.tile(i) + MATRIX_BYTES, v_map, ring.full_at(i), y);
         }
     }
+    if (count <= STAGES) then();
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
 attend(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map, const Args a) {
     extern __shared__ unsigned char unaligned[];
-    __shared__ u64 barriers[6 + 2 * STAGES_MAX];
+    __shared__ u64 barriers[5 + 2 * STAGES];
     __shared__ float2 tops[WARPS][16];
     __shared__ Work work;
     let_next_start();
@@ -133,23 +131,21 @@ attend(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
     unsigned char *memory = unaligned + (aligned - shared_address(unaligned));
     Block b = {memory, aligned, cluster_rank(), int(blockIdx.x) / CLUSTER};
     int warp = threadIdx.x / 32, lane = threadIdx.x & 31, kv_head = b.cluster;
-    // A row's own dimensions in all heads of the group, over all rows, are shared out evenly.
-    int own = r.rows * GROUP * DIM / CLUSTER;
-    int first = a.stages * STAGE_BYTES, second = first + FIRST * 16 * STRIDE(r.hidden);
-    int x = second + SECOND * 16 * STRIDE(GROUP * DIM);
-    int parts = x, part_tops = parts + ROWS * GROUP * DIM * 4, attended = part_tops + CLUSTER * ROWS * GROUP * 16;
-    int squares = max(x + ROWS * STRIDE(r.hidden), attended + ROWS * STRIDE(GROUP * DIM));
-    int raw = squares + ROWS * CLUSTER * 4, q = raw + ROWS * QKV * 2, sums = q + 8 * HALVES * Q_STRIDE * 2;
+    const int first = STAGES * STAGE_BYTES, second = first, sums = second + SECOND * 16 * STRIDE(GROUP * DIM);
+    // The first product's sums are behind it when parts come.
+    const int parts = sums + max(WARPS * ROWS * SUMS_ROW(SECOND), WARPS * GROUP * SUMS_STRIDE) * 4;
+    const int tops_of_parts = parts + PAIRS_MAX * GROUP * DIM * 4;
+    int x = max(first + FIRST * 16 * STRIDE(r.hidden), max(sums + WARPS * ROWS * SUMS_ROW(FIRST) * 4, tops_of_parts + PAIRS_MAX * GROUP * 16));
+    int attended = x, squares = x + ROWS * max(STRIDE(r.hidden), STRIDE(GROUP * DIM));
+    int raw = squares + ROWS * CLUSTER * 4, q = raw + ROWS * QKV * 2;
     u32 bars = shared_address(barriers), first_here = bars, second_here = bars + 8, residual_here = bars + 16;
-    u32 raw_here = bars + 24, parts_here = bars + 32, attended_here = bars + 40;
-    Ring ring = {aligned, bars + 48, bars + 48 + 8 * u32(a.stages), a.stages};
+    u32 raw_here = bars + 24, parts_here = bars + 32;
+    Ring ring = {aligned, bars + 40, bars + 40 + 8 * STAGES};
     if (threadIdx.x == 0) {
-        for (int i = 0; i < 6; i++) barrier_init(bars + 8 * i, 1);
-        for (int i = 0; i < a.stages; i++) barrier_init(ring.full + 8 * i, 1), barrier_init(ring.free + 8 * i, 1);
+        for (int i = 0; i < 5 + 2 * STAGES; i++) barrier_init(bars + 8 * i, 1);
         publish_barriers();
         barrier_expect(residual_here, residual_bytes(r));
-        barrier_expect(raw_here, r.rows * (CLUSTER - 1) * FIRST * 16 * 2);
-        barrier_expect(attended_here, (CLUSTER - 1) * own * 2);
+        barrier_expect(raw_here, r.rows * QKV * 2);
     }
     for (int i = threadIdx.x; i < 8 * HALVES * Q_STRIDE / 2; i += blockDim.x) ((u32 *)(memory + q))[i] = 0;
     __syncthreads();
@@ -158,18 +154,28 @@ attend(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
         fetch_rows(b.at(first), first_here, FIRST * 16, r.hidden, [&](int i) {
             return a.qkv + (long long)row_of(a, kv_head, b.rank * FIRST * 16 + i) * r.hidden;
         });
-        fetch_rows(b.at(second), second_here, SECOND * 16, GROUP * DIM, [&](int i) {
+        auto second_row = [&](int i) {
             return a.out + ((long long)(b.rank * SECOND * 16 + i) * a.kv_heads + kv_head) * (GROUP * DIM);
-        });
+        };
+        if (lane == 0) {
+            prefetch_norm(b, r);
+            if (a.q_norm) prefetch_bytes(a.q_norm, DIM * 4);
+            if (a.k_norm) prefetch_bytes(a.k_norm, DIM * 4);
+        }
+        for (int i = lane; i < SECOND * 16; i += 32) prefetch_bytes(second_row(i), GROUP * DIM * 2);
         cluster_wait();
         // In a graph, page table and lengths are older than all its kernels, and so are earlier tokens.
         if (!a.early) wait_for_previous();
         divide(a, b.rank, work);
-        int bytes = parts_bytes(work, b.rank, own);
+        int bytes = parts_bytes(work);
         if (lane == 0) barrier_expect(parts_here, bytes);
-        __syncwarp();
-        named_barrier(2, THREADS + 32);
-        fetch_tiles(a, work, k_map, v_map, ring, kv_head);
+        if (lane < r.rows && work.lens[lane] > 0) prefetch_bytes(a.rope + (long long)(work.lens[lane] - 1) * DIM, DIM * 4);
+        named_arrive(2, THREADS + 32);
+        fetch_tiles(a, work, k_map, v_map, ring, kv_head, [&] {
+            // The first matrix has been multiplied.
+            named_barrier(3, THREADS + 32);
+            fetch_rows(b.at(second), second_here, SECOND * 16, GROUP * DIM, second_row);
+        });
         wait_for_previous();
         return;
     }
@@ -180,21 +186,26 @@ attend(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
     barrier_wait(first_here, 0);
     barrier_wait_for_cluster(residual_here, 0);
     float *all_sums = (float *)(memory + sums);
-    multiply<FIRST>(memory + first, memory + x, r.hidden, all_sums);
-    bf16 *qkv = (bf16 *)(memory + raw);
-    for (int i = threadIdx.x; i < r.rows * FIRST * 8; i += THREADS) {
-        int row = i / (FIRST * 8), m = i % (FIRST * 8) * 2, column = b.rank * FIRST * 16 + m;
-        float factor = norm_factor(r, (const float *)(memory + squares), row);
-        float low = total<FIRST>(all_sums, row, m) * factor, high = total<FIRST>(all_sums, row, m + 1) * factor;
-        if (a.bias) {
-            const float *bias = a.bias + row_of(a, kv_head, column);
-            low += bias[0], high += bias[1];
-        }
-        *(u32 *)(qkv + row * QKV + column) = pack(low, high);
-    }
-    send_to_all(b, r.rows * FIRST * 2, raw_here, [&](int piece) {
-        return raw + (piece / (FIRST * 2) * QKV + b.rank * FIRST * 16) * 2 + piece % (FIRST * 2) * 16;
+    multiply<FIRST>(memory + first, memory + x, r.hidden, all_sums, [] {
+        // In its place come sums, and what the copy engine writes.
+        publish_shared();
+        named_arrive(3, THREADS + 32);
+        named_barrier(1, THREADS);
     });
+    bf16 *qkv = (bf16 *)(memory + raw);
+    for (int base = 0; base < r.rows * FIRST * 4; base += THREADS) {
+        int i = base + threadIdx.x, row = i / (FIRST * 4), m = i % (FIRST * 4) * 4, column = b.rank * FIRST * 16 + m;
+        bool valid = row < r.rows;
+        uint2 value = make_uint2(0, 0);
+        if (valid) {
+            float factor = norm_factor(r, (const float *)(memory + squares), row);
+            float4 sum = total<FIRST>(all_sums, row, m), bias = make_float4(0.f, 0.f, 0.f, 0.f);
+            if (a.bias) bias = *(const float4 *)(a.bias + row_of(a, kv_head, column));
+            value.x = pack(sum.x * factor + bias.x, sum.y * factor + bias.y);
+            value.y = pack(sum.z * factor + bias.z, sum.w * factor + bias.w);
+        }
+        send_to_all(b, valid, raw + (row * QKV + column) * 2, raw_here, value);
+    }
     named_barrier(2, THREADS + 32);
     barrier_wait_for_cluster(raw_here, 0);
 
@@ -246,9 +257,10 @@ attend(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
             for (int j = 0; j < DIM / 8; j++) *(float2 *)(to + 8 * j) = make_float2(mine.o[j][2 * h], mine.o[j][2 * h + 1]);
         }
         named_barrier(1, THREADS);
-        // The warps' sums become the block's, and go to where these dimensions are merged.
+        // The warps' sums become the block's, and go to all.
+        int pair = row + b.rank;
         for (int i = threadIdx.x; i < GROUP * DIM / 4; i += THREADS) {
-            int head = i * 4 / DIM, value = (row * GROUP) * DIM + i * 4, to = value / own;
+            int head = i * 4 / DIM;
             float best = -infinity(), weight = 0.f;
             float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
@@ -260,51 +272,39 @@ attend(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
                 weight += factor * tops[w][head].y;
                 sum.x += factor * more.x, sum.y += factor * more.y, sum.z += factor * more.z, sum.w += factor * more.w;
             }
-            int at = parts + (b.rank * own + value % own) * 4;
-            if (to == b.rank) *(float4 *)(memory + at) = sum;
-            else send(address_in(b.at(at), to), address_in(parts_here, to), sum.x, sum.y, sum.z, sum.w);
-            // With a head's first values there, its best score and sum of weights.
-            if (i * 4 % DIM == 0 || value % own == 0) {
-                at = part_tops + (b.rank * ROWS * GROUP + row * GROUP + head) * 16;
-                if (to == b.rank) *(float4 *)(memory + at) = make_float4(best, weight, 0.f, 0.f);
-                else send(address_in(b.at(at), to), address_in(parts_here, to), best, weight, 0.f, 0.f);
+            int at = parts + (pair * GROUP * DIM + i * 4) * 4, top_at = tops_of_parts + (pair * GROUP + head) * 16;
+            for (int j = 0; j < CLUSTER; j++) {
+                int to = (b.rank + j) % CLUSTER;
+                send(address_in(b.at(at), to), address_in(parts_here, to), sum.x, sum.y, sum.z, sum.w);
+                // With a head's first values, its best score and sum of weights.
+                if (i * 4 % DIM == 0) send(address_in(b.at(top_at), to), address_in(parts_here, to), best, weight, 0.f, 0.f);
             }
         }
         tile = end;
-        // `rotated` and the sums are written anew; behind the last one, what was left here is read.
-        named_barrier(1, THREADS);
+        // `rotated` and the sums are written anew.
+        if (tile < work.to) named_barrier(1, THREADS);
     }
 
     barrier_wait_for_cluster(parts_here, 0);
-    for (int i = threadIdx.x; i < own / 2; i += THREADS) {
-        int value = b.rank * own + 2 * i, head = value / DIM, row = head / GROUP;
-        float best = -infinity(), weight = 0.f, low = 0.f, high = 0.f;
+    for (int i = threadIdx.x; i < r.rows * GROUP * DIM / 4; i += THREADS) {
+        int row = i / (GROUP * DIM / 4), value = i % (GROUP * DIM / 4) * 4, head = value / DIM;
+        float best = -infinity(), weight = 0.f;
+        float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
         int from = 0, to = -1;
         if (!work.is_empty(row)) from = work.first_block(row), to = work.last_block(row);
-        float2 top[CLUSTER], more[CLUSTER];
-#pragma unroll
-        for (int s = 0; s < CLUSTER; s++) {
-            top[s] = make_float2(-infinity(), 0.f), more[s] = make_float2(0.f, 0.f);
-            if (s < from || s > to) continue;
-            top[s] = *(const float2 *)(memory + part_tops + (s * ROWS * GROUP + head) * 16);
-            more[s] = *(const float2 *)(memory + parts + (s * own + 2 * i) * 4);
-            best = fmaxf(best, top[s].x);
-        }
-#pragma unroll
-        for (int s = 0; s < CLUSTER; s++) {
-            if (s < from || s > to) continue;
-            float factor = power_of_2(top[s].x - best);
-            weight += factor * top[s].y, low += factor * more[s].x, high += factor * more[s].y;
+        for (int s = from; s <= to; s++) best = fmaxf(best, *(const float *)(memory + tops_of_parts + ((row + s) * GROUP + head) * 16));
+        for (int s = from; s <= to; s++) {
+            float2 top = *(const float2 *)(memory + tops_of_parts + ((row + s) * GROUP + head) * 16);
+            float4 more = *(const float4 *)(memory + parts + ((row + s) * GROUP * DIM + value) * 4);
+            float factor = power_of_2(top.x - best);
+            weight += factor * top.y;
+            sum.x += factor * more.x, sum.y += factor * more.y, sum.z += factor * more.z, sum.w += factor * more.w;
         }
         // A row of padding has attended to nothing.
         float share = to < 0 ? 0.f : 1.f / weight;
-        *(u32 *)(memory + attended + row * STRIDE(GROUP * DIM) + value % (GROUP * DIM) * 2) = pack(low * share, high * share);
+        *(uint2 *)(memory + attended + row * STRIDE(GROUP * DIM) + value * 2) = make_uint2(pack(sum.x * share, sum.y * share), pack(sum.z * share, sum.w * share));
     }
-    send_to_all(b, own / 8, attended_here, [&](int piece) {
-        int value = b.rank * own + piece * 8;
-        return attended + value / (GROUP * DIM) * STRIDE(GROUP * DIM) + value % (GROUP * DIM) * 2;
-    });
+    named_barrier(1, THREADS);
     barrier_wait(second_here, 0);
-    barrier_wait_for_cluster(attended_here, 0);
     add_later<SECOND>(b, r, memory + second, memory + attended, GROUP * DIM, all_sums, a.part);
 }

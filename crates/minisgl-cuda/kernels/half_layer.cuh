@@ -23,9 +23,10 @@
 // Floats between rows of sums; twice this is 8 more than a multiple of 32, so that lanes' stores do not meet.
 #define SUMS_ROW(tiles) ((tiles) * 16 + 4)
 // As many parts as a residual stream has at most.
-#define PARTS_MAX 8
+#define PARTS_MAX 12
 
 // The residual stream: rows of `hidden` in bf16, to which `parts` lots of [rows, hidden] are to be added.
+// Where there are none, `added` has room for one.
 struct Residual {
     const bf16 *x; const float *added; bf16 *out;
     const float *norm;
@@ -42,18 +43,17 @@ struct Block {
     __device__ __forceinline__ u32 at(int offset) const { return address + offset; }
 };
 
-__device__ __forceinline__ void send16(u32 there, u32 barrier_there, uint4 x) {
-    send(there, barrier_there, __uint_as_float(x.x), __uint_as_float(x.y), __uint_as_float(x.z), __uint_as_float(x.w));
-}
-
-// Sends `pieces` of 16 bytes that lie at `offset(piece)` here to the same place in all other blocks.
-// All threads of the warps that multiply call it, and have written the pieces before.
-template <typename Offset>
-__device__ __forceinline__ void send_to_all(const Block &b, int pieces, u32 barrier, Offset offset) {
-    named_barrier(1, THREADS);
-    for (int i = threadIdx.x; i < pieces * CLUSTER; i += THREADS) {
-        int to = i % CLUSTER, at = offset(i / CLUSTER);
-        if (to != b.rank) send16(address_in(b.at(at), to), address_in(barrier, to), *(const uint4 *)(b.memory + at));
+// Of 16 bytes for the place of `at` in all blocks, this one included, an even lane has the first half and
+// the lane behind it the second; both say where their own half goes. Whole warps call it.
+__device__ __forceinline__ void send_to_all(const Block &b, bool valid, int at, u32 barrier, uint2 half) {
+    uint2 other = make_uint2(__shfl_xor_sync(~0u, half.x, 1), __shfl_xor_sync(~0u, half.y, 1));
+    int odd = threadIdx.x & 1;
+    uint2 low = odd ? other : half, high = odd ? half : other;
+    // Every block begins with another one.
+    for (int i = odd; valid && i < CLUSTER; i += 2) {
+        int to = (b.rank + i) % CLUSTER;
+        send(address_in(b.at(at - 8 * odd), to), address_in(barrier, to), __uint_as_float(low.x),
+             __uint_as_float(low.y), __uint_as_float(high.x), __uint_as_float(high.y));
     }
 }
 
@@ -66,44 +66,45 @@ __device__ __forceinline__ void fetch_rows(u32 to, u32 barrier, int count, int k
     for (int i = lane; i < count; i += 32) fetch_bytes(to + i * STRIDE(k), row(i), k * 2, barrier);
 }
 
+// Sends for what the block reads of the residual stream's norm. One thread.
+__device__ __forceinline__ void prefetch_norm(const Block &b, const Residual &r) {
+    int columns = r.hidden / CLUSTER;
+    prefetch_bytes(r.norm + b.rank * columns, columns * 4);
+}
 // This block's columns of the residual stream, a warp a row: summed up, and times the norm's weights sent
 // to all blocks (to `x`, rows of STRIDE(hidden)), with the sums of their squares (to `squares` [ROWS][CLUSTER]).
 __device__ __forceinline__ void share_residual(const Block &b, const Residual &r, int x, int squares, u32 barrier) {
-    int row = threadIdx.x / 32, lane = threadIdx.x & 31, columns = r.hidden / CLUSTER, first = b.rank * columns;
-    if (row < r.rows) {
-        float sum = 0.f;
-        for (int i = first + 2 * lane; i < first + columns; i += 64) {
-            float2 w = *(const float2 *)(r.norm + i), add[PARTS_MAX];
-            u32 old = *(const u32 *)(r.x + (long long)row * r.hidden + i);
+    int row = threadIdx.x / 32, lane = threadIdx.x & 31, columns = r.hidden / CLUSTER;
+    if (row >= r.rows) return;
+    float squared = 0.f;
+    for (int base = 0; base < columns; base += 128) {
+        bool valid = base + 4 * lane < columns;
+        int i = b.rank * columns + min(base + 4 * lane, columns - 4);
+        float4 w = *(const float4 *)(r.norm + i), add[PARTS_MAX];
+        uint2 old = *(const uint2 *)(r.x + (long long)row * r.hidden + i);
+        // No branches here: a read behind one would wait for the read before it.
 #pragma unroll
-            for (int p = 0; p < PARTS_MAX; p++) {
-                add[p] = make_float2(0.f, 0.f);
-                if (p < r.parts) add[p] = *(const float2 *)(r.added + ((long long)p * r.rows + row) * r.hidden + i);
-            }
-            float low = 0.f, high = 0.f;
+        for (int p = 0; p < PARTS_MAX; p++)
+            add[p] = *(const float4 *)(r.added + ((long long)min(p, max(r.parts - 1, 0)) * r.rows + row) * r.hidden + i);
+        float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
-            for (int p = 0; p < PARTS_MAX; p++) low += add[p].x, high += add[p].y;
-            u32 now = pack(low_half(old) + low, high_half(old) + high);
-            low = low_half(now), high = high_half(now);
-            if (b.cluster == 0) *(u32 *)(r.out + (long long)row * r.hidden + i) = now;
-            sum += low * low + high * high;
-            *(u32 *)(b.memory + x + row * STRIDE(r.hidden) + i * 2) = pack(low * (w.x + r.shift), high * (w.y + r.shift));
-        }
-        sum = warp_sum(sum);
-        int at = squares + (row * CLUSTER + b.rank) * 4;
-        if (lane == 0) *(float *)(b.memory + at) = sum;
-        for (int to = lane; to < CLUSTER; to += 32)
-            if (to != b.rank) send(address_in(b.at(at), to), address_in(barrier, to), sum);
+        for (int p = 0; p < PARTS_MAX; p++)
+            if (p < r.parts) sum.x += add[p].x, sum.y += add[p].y, sum.z += add[p].z, sum.w += add[p].w;
+        uint2 now = make_uint2(pack(low_half(old.x) + sum.x, high_half(old.x) + sum.y),
+                               pack(low_half(old.y) + sum.z, high_half(old.y) + sum.w));
+        if (b.cluster == 0 && valid) *(uint2 *)(r.out + (long long)row * r.hidden + i) = now;
+        float4 v = make_float4(low_half(now.x), high_half(now.x), low_half(now.y), high_half(now.y));
+        if (valid) squared += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
+        uint2 weighted = make_uint2(pack(v.x * (w.x + r.shift), v.y * (w.y + r.shift)),
+                                    pack(v.z * (w.z + r.shift), v.w * (w.w + r.shift)));
+        send_to_all(b, valid, x + row * STRIDE(r.hidden) + i * 2, barrier, weighted);
     }
-    int pieces = columns / 8;
-    send_to_all(b, r.rows * pieces, barrier, [&](int piece) {
-        return x + piece / pieces * STRIDE(r.hidden) + first * 2 + piece % pieces * 16;
-    });
+    squared = warp_sum(squared);
+    int at = squares + (row * CLUSTER + b.rank) * 4;
+    if (lane < CLUSTER) send(address_in(b.at(at), lane), address_in(barrier, lane), squared);
 }
-// The bytes that this sends to each block.
-__device__ __forceinline__ u32 residual_bytes(const Residual &r) {
-    return r.rows * (CLUSTER - 1) * (r.hidden / CLUSTER * 2 + 4);
-}
+// The bytes that this sends to a block.
+__device__ __forceinline__ u32 residual_bytes(const Residual &r) { return r.rows * (r.hidden * 2 + CLUSTER * 4); }
 // What a row's sums are multiplied with.
 __device__ __forceinline__ float norm_factor(const Residual &r, const float *squares, int row) {
     float sum = 0.f;
@@ -113,9 +114,10 @@ __device__ __forceinline__ float norm_factor(const Residual &r, const float *squ
 }
 
 // sums[warp][row][m] = a warp's share of Σ_k w[m][k] · x[row][k]: every eighth 32 of k. m counts through
-// TILES tiles of 16. The order of k inside 32 is permuted alike for both, for reads of 16 bytes.
-template <int TILES>
-__device__ __forceinline__ void multiply(const unsigned char *w, const unsigned char *x, int k, float *sums) {
+// TILES tiles of 16. The order of k inside 32 is permuted alike for both, for reads of 16 bytes. `have_read`
+// runs between the last read and the first write of sums.
+template <int TILES, typename HaveRead>
+__device__ __forceinline__ void multiply(const unsigned char *w, const unsigned char *x, int k, float *sums, HaveRead have_read) {
     int warp = threadIdx.x / 32, lane = threadIdx.x & 31, g = lane / 4, t = lane & 3;
     float acc[TILES][4] = {};
     for (int chunk = warp; chunk < k / 32; chunk += WARPS) {
@@ -132,6 +134,7 @@ __device__ __forceinline__ void multiply(const unsigned char *w, const unsigned 
             mma(acc[j], low[j].z, high[j].z, low[j].w, high[j].w, v.z, v.w);
         }
     }
+    have_read();
     float *to = sums + (warp * ROWS + 2 * t) * SUMS_ROW(TILES) + g;
 #pragma unroll
     for (int j = 0; j < TILES; j++) {
@@ -140,19 +143,23 @@ __device__ __forceinline__ void multiply(const unsigned char *w, const unsigned 
     }
     named_barrier(1, THREADS);
 }
-template <int TILES> __device__ __forceinline__ float total(const float *sums, int row, int m) {
-    float sum = 0.f;
+// All warps' shares of m and the three behind it.
+template <int TILES> __device__ __forceinline__ float4 total(const float *sums, int row, int m) {
+    float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
-    for (int warp = 0; warp < WARPS; warp++) sum += sums[(warp * ROWS + row) * SUMS_ROW(TILES) + m];
+    for (int warp = 0; warp < WARPS; warp++) {
+        float4 more = *(const float4 *)(sums + (warp * ROWS + row) * SUMS_ROW(TILES) + m);
+        sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
+    }
     return sum;
 }
 
 // The second product: this block's columns of the cluster's part of what is added to the residual stream.
 template <int TILES>
 __device__ __forceinline__ void add_later(const Block &b, const Residual &r, const unsigned char *w, const unsigned char *x, int k, float *sums, float *part) {
-    multiply<TILES>(w, x, k, sums);
-    for (int i = threadIdx.x; i < r.rows * TILES * 16; i += THREADS) {
-        int row = i / (TILES * 16), m = i % (TILES * 16);
-        part[((long long)b.cluster * r.rows + row) * r.hidden + b.rank * TILES * 16 + m] = total<TILES>(sums, row, m);
+    multiply<TILES>(w, x, k, sums, [] {});
+    for (int i = threadIdx.x; i < r.rows * TILES * 4; i += THREADS) {
+        int row = i / (TILES * 4), m = i % (TILES * 4) * 4;
+        *(float4 *)(part + ((long long)b.cluster * r.rows + row) * r.hidden + b.rank * TILES * 16 + m) = total<TILES>(sums, row, m);
     }
 }

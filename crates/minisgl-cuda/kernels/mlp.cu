@@ -1,6 +1,6 @@
 // A gated MLP of up to 8 rows in one kernel; see `half_layer.cuh`. A cluster has `inner` of the inner
 // features. In shared memory: the block's rows of the first matrix, in tiles of 8 of the gate and 8 of up,
-// then those of the second; the normed rows; the cluster's inner values; sums.
+// and later, in the same place, sums; its rows of the second; the normed rows; the cluster's inner values.
 
 // Tiles of a block: FIRST of its rows of the first matrix, and SECOND of the second.
 
@@ -17,18 +17,20 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) mlp(const Args a) 
     const Residual &r = a.residual;
     Block b = {memory, shared_address(memory), cluster_rank(), int(blockIdx.x) / CLUSTER};
     int warp = threadIdx.x / 32, mine = FIRST * 8;
-    int second = FIRST * 16 * STRIDE(r.hidden), x = second + SECOND * 16 * STRIDE(a.inner), mid = x + ROWS * STRIDE(r.hidden);
-    int squares = mid + ROWS * STRIDE(a.inner), sums = squares + ROWS * CLUSTER * 4;
+    int second = max(FIRST * 16 * STRIDE(r.hidden), WARPS * ROWS * SUMS_ROW(max(FIRST, SECOND)) * 4);
+    int x = second + SECOND * 16 * STRIDE(a.inner), mid = x + ROWS * STRIDE(r.hidden), squares = mid + ROWS * STRIDE(a.inner);
+    float *sums = (float *)memory;
     u32 first_here = shared_address(barriers), second_here = first_here + 8, residual_here = first_here + 16, mid_here = first_here + 24;
     if (threadIdx.x == 0) {
         for (int i = 0; i < 4; i++) barrier_init(first_here + 8 * i, 1);
         publish_barriers();
         barrier_expect(residual_here, residual_bytes(r));
-        barrier_expect(mid_here, r.rows * (CLUSTER - 1) * mine * 2);
+        barrier_expect(mid_here, r.rows * a.inner * 2);
     }
     __syncthreads();
     cluster_arrive();
     if (warp == WARPS) {
+        if (threadIdx.x % 32 == 0) prefetch_norm(b, r);
         fetch_rows(b.at(0), first_here, FIRST * 16, r.hidden, [&](int i) {
             int n = b.cluster * a.inner + b.rank * mine + i / 16 * 8 + i % 8;
             return a.gate_up + (long long)(n + (i & 8 ? a.inner_total : 0)) * r.hidden;
@@ -46,21 +48,21 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) mlp(const Args a) 
     share_residual(b, r, x, squares, residual_here);
     barrier_wait(first_here, 0);
     barrier_wait_for_cluster(residual_here, 0);
-    multiply<FIRST>(memory, memory + x, r.hidden, (float *)(memory + sums));
-    for (int i = threadIdx.x; i < r.rows * mine / 2; i += THREADS) {
-        int row = i / (mine / 2), n = i % (mine / 2) * 2, m = n / 8 * 16 + n % 8;
-        float factor = norm_factor(r, (const float *)(memory + squares), row), value[2];
-#pragma unroll
-        for (int e = 0; e < 2; e++) {
-            float gate = total<FIRST>((const float *)(memory + sums), row, m + e) * factor;
-            value[e] = activate(gate, a.gelu) * (total<FIRST>((const float *)(memory + sums), row, m + 8 + e) * factor);
+    multiply<FIRST>(memory, memory + x, r.hidden, sums, [] { named_barrier(1, THREADS); });
+    for (int base = 0; base < r.rows * mine / 4; base += THREADS) {
+        int i = base + threadIdx.x, row = i / (mine / 4), n = i % (mine / 4) * 4, m = n / 8 * 16 + n % 8;
+        bool valid = row < r.rows;
+        uint2 value = make_uint2(0, 0);
+        if (valid) {
+            float factor = norm_factor(r, (const float *)(memory + squares), row);
+            float4 gate = total<FIRST>(sums, row, m), up = total<FIRST>(sums, row, m + 8);
+            auto gated = [&](float gate, float up) { return activate(gate * factor, a.gelu) * (up * factor); };
+            value.x = pack(gated(gate.x, up.x), gated(gate.y, up.y));
+            value.y = pack(gated(gate.z, up.z), gated(gate.w, up.w));
         }
-        *(u32 *)(memory + mid + row * STRIDE(a.inner) + (b.rank * mine + n) * 2) = pack(value[0], value[1]);
+        send_to_all(b, valid, mid + row * STRIDE(a.inner) + (b.rank * mine + n) * 2, mid_here, value);
     }
-    send_to_all(b, r.rows * FIRST, mid_here, [&](int piece) {
-        return mid + piece / FIRST * STRIDE(a.inner) + b.rank * mine * 2 + piece % FIRST * 16;
-    });
     barrier_wait(second_here, 0);
     barrier_wait_for_cluster(mid_here, 0);
-    add_later<SECOND>(b, r, memory + second, memory + mid, a.inner, (float *)(memory + sums), a.part);
+    add_later<SECOND>(b, r, memory + second, memory + mid, a.inner, sums, a.part);
 }

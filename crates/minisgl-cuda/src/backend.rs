@@ -3,7 +3,7 @@
 use std::any::Any;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use cudarc::driver::{result, sys};
@@ -67,7 +67,7 @@ pub struct CudaBackend {
     products: Mutex<Products>,
     fuses: AtomicBool,
     fused_halves: AtomicUsize,
-    clusters_at_once: OnceLock<usize>,
+    clusters_at_once: Mutex<HashMap<Function, usize>>,
     pending: Mutex<Option<Pending>>,
 }
 
@@ -116,7 +116,7 @@ impl CudaBackend {
             products: Mutex::default(),
             fuses: AtomicBool::new(tries("fused")),
             fused_halves: AtomicUsize::new(0),
-            clusters_at_once: OnceLock::new(),
+            clusters_at_once: Mutex::default(),
             pending: Mutex::default(),
         })
     }
@@ -197,18 +197,20 @@ impl CudaBackend {
         self.fuses.load(Ordering::Relaxed)
     }
 
-    /// Whether all clusters of such a launch run at once. Their blocks fill a multiprocessor each, so
-    /// that the first answer holds for all.
+    /// Whether all clusters of such a launch run at once.
     pub(crate) fn clusters_fit(&self, function: Function, shape: Launch) -> Result<bool> {
-        let most = match self.clusters_at_once.get() {
+        let mut asked =
+            self.clusters_at_once.lock().map_err(|_| fail("the clusters' counts are poisoned"))?;
+        let wanted = shape.grid[0] / shape.cluster;
+        let most = match asked.get(&function) {
             Some(most) => *most,
             None => {
                 let most = self.device.clusters_at_once(function, shape)?;
-                tracing::info!(most, blocks = shape.cluster, "clusters at once");
-                *self.clusters_at_once.get_or_init(|| most)
+                tracing::info!(most, wanted, blocks = shape.cluster, "clusters at once");
+                *asked.entry(function).or_insert(most)
             }
         };
-        Ok(shape.grid[0] / shape.cluster <= most)
+        Ok(wanted <= most)
     }
 
     pub(crate) fn pending(&self) -> Result<MutexGuard<'_, Option<Pending>>> {

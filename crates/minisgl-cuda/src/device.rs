@@ -335,7 +335,7 @@ impl Drop for Device {
 }
 
 /// A kernel in a loaded module.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct Function(pub(crate) sys::CUfunction);
 // SAFETY: a handle into a module that is never unloaded.
 unsafe impl Send for Function {}

@@ -12,19 +12,19 @@ use crate::device::{Launch, address_of, args};
 use crate::kernels::Module;
 use crate::weights::tensor;
 
-/// Blocks of a cluster, as many as a card's 9.0 can have; the warps of a block that multiply; rows.
-const CLUSTER: usize = 16;
+/// Blocks of a cluster; the warps of a block that multiply; rows. A block has a multiprocessor to itself, and
+/// of clusters of 16 a card of 132 holds only 7 at once, of 8 it holds 15.
+const CLUSTER: usize = 8;
 const WARPS: usize = 8;
 const ROWS: usize = 8;
 const THREADS: usize = 32 * (WARPS + 1);
-/// Tokens of a tile of the cache. Tiles on their way: one of each warp, so that a place in the ring is
-/// always the same warp's.
+/// Tokens of a tile of the cache. Tiles on their way: one of each warp.
 const TILE: usize = 16;
 const STAGES: usize = WARPS;
 /// Parts of what is added, as `PARTS_MAX` in the kernels.
-const PARTS_MAX: usize = 8;
-/// What a block can have, less what the kernels have of their own.
-const SHARED_BYTES: usize = 224 << 10;
+const PARTS_MAX: usize = 12;
+/// What a block can have.
+const SHARED_BYTES: usize = 227 << 10;
 
 /// A residual stream that is to have `parts` times `[rows, width]` added.
 pub(crate) struct Pending {
@@ -69,7 +69,6 @@ struct AttendArgs {
     kv_heads: i32,
     pages_a_row: i32,
     page_shift: i32,
-    stages: i32,
     early: i32,
     q_eps: f32,
     q_shift: f32,
@@ -110,39 +109,37 @@ impl Block {
     fn attend(hidden: usize, Heads { q, kv, dim }: Heads) -> Option<Self> {
         let group = q / kv;
         let qkv = (group + 2) * dim;
-        let divides = matches!(dim, 64 | 128)
-            && group <= 16
-            && qkv.is_multiple_of(16 * CLUSTER)
-            && (group * dim).is_multiple_of(128);
+        let divides = matches!(dim, 64 | 128) && group <= 16 && qkv.is_multiple_of(16 * CLUSTER);
         let (first, second) = (qkv / (16 * CLUSTER), hidden / (16 * CLUSTER));
-        let attended = ROWS * (group * dim * 4 + stride(group * dim)) + CLUSTER * ROWS * group * 16;
+        let parts = (ROWS + CLUSTER - 1) * group * (dim * 4 + 16);
+        let attention = sums(second).max(WARPS * group * (dim + 8) * 4) + parts;
         let shared = 1024
             + STAGES * 2 * TILE * dim * 2
-            + first * 16 * stride(hidden)
-            + second * 16 * stride(group * dim)
-            + attended.max(ROWS * stride(hidden))
+            + (first * 16 * stride(hidden))
+                .max(second * 16 * stride(group * dim) + sums(first).max(attention))
+            + ROWS * stride(hidden.max(group * dim))
             + ROWS * CLUSTER * 4
             + ROWS * qkv * 2
-            + 8 * group.div_ceil(8) * (dim + 8) * 2
-            + sums(first.max(second)).max(WARPS * group * (dim + 8) * 4);
-        Self::new(hidden, Self { first, second, shared }, divides)
+            + 8 * group.div_ceil(8) * (dim + 8) * 2;
+        // Beside this the kernel has its warps' tops, barriers, and how work is divided.
+        Self::new(hidden, Self { first, second, shared }, 2048).filter(|_| divides)
     }
 
     /// Of the MLP half with `inner` inner features a cluster.
     fn mlp(hidden: usize, inner: usize) -> Option<Self> {
-        let divides = inner.is_multiple_of(8 * CLUSTER);
         let (first, second) = (inner / (8 * CLUSTER), hidden / (16 * CLUSTER));
-        let shared = first * 16 * stride(hidden)
+        let shared = (first * 16 * stride(hidden)).max(sums(first.max(second)))
             + second * 16 * stride(inner)
             + ROWS * (stride(hidden) + stride(inner))
-            + ROWS * CLUSTER * 4
-            + sums(first.max(second));
-        Self::new(hidden, Self { first, second, shared }, divides)
+            + ROWS * CLUSTER * 4;
+        // Beside this the kernel has barriers.
+        Self::new(hidden, Self { first, second, shared }, 128)
+            .filter(|_| inner.is_multiple_of(8 * CLUSTER))
     }
 
-    fn new(hidden: usize, block: Self, divides: bool) -> Option<Self> {
-        let fits = block.shared <= SHARED_BYTES && block.first <= 8 && block.second <= 8;
-        (divides && fits && hidden.is_multiple_of(16 * CLUSTER)).then_some(block)
+    fn new(hidden: usize, block: Self, beside: usize) -> Option<Self> {
+        let fits = block.shared + beside <= SHARED_BYTES && block.first <= 8 && block.second <= 8;
+        (fits && hidden.is_multiple_of(16 * CLUSTER)).then_some(block)
     }
 
     fn launch(self, clusters: usize) -> Launch {
@@ -203,7 +200,6 @@ impl CudaBackend {
             kv_heads: heads.kv as i32,
             pages_a_row: batch.page_table.row_len() as i32,
             page_shift: batch.page_size.ilog2() as i32,
-            stages: STAGES as i32,
             // Outside of a graph, the kernel that writes the page table may not be done.
             early: i32::from(self.device.is_capturing()?),
             q_eps,
@@ -294,13 +290,15 @@ impl CudaBackend {
         }
         let before = self.pending()?.take();
         let x = before.as_ref().map_or(hidden, |p| &p.x);
+        let added = self.scratch(parts_name, DType::F32, &[PARTS_MAX, ROWS, width])?;
         // Blocks still read the stream while others write it: it goes to and fro between two places.
         let spare = self.scratch("residual", self.dtype(), &[ROWS, width])?.first(rows);
         let out = if x.address() == hidden.address() { spare } else { hidden.clone() };
         let (norm, eps, shift) = norm_args(Some(norm));
         let residual = Residual {
             x: x.address(),
-            added: before.as_ref().map_or(0, |p| p.added.address()),
+            // The kernel reads here even where nothing is to be added.
+            added: before.as_ref().map_or(&added, |p| &p.added).address(),
             out: out.address(),
             norm,
             rows: rows as i32,
@@ -309,7 +307,6 @@ impl CudaBackend {
             eps,
             shift,
         };
-        let added = self.scratch(parts_name, DType::F32, &[PARTS_MAX, ROWS, width])?;
         Ok((Pending { hidden: hidden.clone(), x: out, added, parts }, residual))
     }
 }
@@ -323,11 +320,11 @@ mod tests {
         // Qwen3-0.6B.
         let heads = Heads { q: 16, kv: 8, dim: 128 };
         let attend = Block::attend(1024, heads).unwrap();
-        let mlp = Block::mlp(1024, 3072 / 8).unwrap();
-        assert_eq!((attend.first, attend.second, mlp.first, mlp.second), (2, 4, 3, 4));
+        let mlp = Block::mlp(1024, 3072 / 12).unwrap();
+        assert_eq!((attend.first, attend.second, mlp.first, mlp.second), (4, 8, 4, 8));
         // Qwen3-1.7B's MLP, SmolLM2's width, heads that do not divide.
-        assert_eq!(Block::mlp(2048, 6144 / 8), None);
-        assert_eq!(Block::mlp(576, 1536 / 6), None);
+        assert_eq!(Block::mlp(2048, 6144 / 12), None);
+        assert_eq!(Block::mlp(576, 1536 / 12), None);
         assert_eq!(Block::attend(1024, Heads { q: 8, kv: 8, dim: 64 }), None);
     }
 }

@@ -60,17 +60,17 @@ fn kernels_compile_without_spills() {
         }
         for (dim, group) in [(128, 2), (64, 2), (128, 6)].into_iter().filter(|_| arch != "sm_80") {
             let defines = [
-                ("CLUSTER", 16),
+                ("CLUSTER", 8),
                 ("DIM", dim),
                 ("GROUP", group),
                 ("HALVES", 1),
-                ("FIRST", (group + 2) * dim / 256),
-                ("SECOND", 4),
+                ("FIRST", (group + 2) * dim / 128),
+                ("SECOND", 8),
             ];
             check(Module::Attend, &defines, arch, false, true);
         }
-        for (first, second) in [(3, 4), (4, 8)].into_iter().filter(|_| arch != "sm_80") {
-            let defines = [("CLUSTER", 16), ("FIRST", first), ("SECOND", second)];
+        for (first, second) in [(2, 4), (4, 8)].into_iter().filter(|_| arch != "sm_80") {
+            let defines = [("CLUSTER", 8), ("FIRST", first), ("SECOND", second)];
             check(Module::Mlp, &defines, arch, false, true);
         }
         for tiles in [1, 2].into_iter().filter(|_| arch != "sm_80") {
