@@ -99,16 +99,14 @@ struct Ring {
     __device__ __forceinline__ u32 parity(int i) const { return i / STAGES & 1; }
 };
 
-// Fetches the block's tiles; `then` runs once the ring is full, or all of them are under way. A whole warp.
-template <typename Then>
-__device__ __forceinline__ void fetch_tiles(const Args &a, const Work &work, const TensorMap &k_map, const TensorMap &v_map, const Ring &ring, int kv_head, Then then) {
+// Fetches the block's tiles. A whole warp.
+__device__ __forceinline__ void fetch_tiles(const Args &a, const Work &work, const TensorMap &k_map, const TensorMap &v_map, const Ring &ring, int kv_head) {
     int lane = threadIdx.x & 31, count = work.to - work.from, next = find(a, work, work.from + lane, kv_head);
     for (int first = 0; first < count; first += 32) {
         int now = next;
         next = find(a, work, work.from + first + 32 + lane, kv_head);
         for (int i = first; i < min(first + 32, count); i++) {
             int y = __shfl_sync(~0u, now, i - first);
-            if (i == STAGES) then();
             if (lane > 0) continue;
             barrier_wait(ring.free_at(i), ring.parity(i) ^ 1);
             barrier_expect(ring.full_at(i), STAGE_BYTES);
@@ -116,13 +114,12 @@ __device__ __forceinline__ void fetch_tiles(const Args &a, const Work &work, con
             fetch_parts(ring.tile(i) + MATRIX_BYTES, v_map, ring.full_at(i), y);
         }
     }
-    if (count <= STAGES) then();
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
 attend(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map, const Args a) {
     extern __shared__ unsigned char unaligned[];
-    __shared__ u64 barriers[5 + 2 * STAGES];
+    __shared__ u64 barriers[3 + 2 * STAGES];
     __shared__ float2 tops[WARPS][16];
     __shared__ Work work;
     let_next_start();
@@ -138,11 +135,19 @@ attend(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
     int x = max(first + FIRST * 16 * STRIDE(r.hidden), max(sums + WARPS * ROWS * SUMS_ROW(FIRST) * 4, tops_of_parts + PAIRS_MAX * GROUP * 16));
     int attended = x, squares = x + ROWS * max(STRIDE(r.hidden), STRIDE(GROUP * DIM));
     int raw = squares + ROWS * CLUSTER * 4, q = raw + ROWS * QKV * 2;
-    u32 bars = shared_address(barriers), first_here = bars, second_here = bars + 8, residual_here = bars + 16;
-    u32 raw_here = bars + 24, parts_here = bars + 32;
-    Ring ring = {aligned, bars + 40, bars + 40 + 8 * STAGES};
+    u32 bars = shared_address(barriers), residual_here = bars, raw_here = bars + 8, parts_here = bars + 16;
+    Ring ring = {aligned, bars + 24, bars + 24 + 8 * STAGES};
+    auto second_row = [&](int i) {
+        return a.out + ((long long)(b.rank * SECOND * 16 + i) * a.kv_heads + kv_head) * (GROUP * DIM);
+    };
+    if (warp < WARPS) {
+        fetch_rows(b.at(first), FIRST * 16, r.hidden, [&](int i) {
+            return a.qkv + (long long)row_of(a, kv_head, b.rank * FIRST * 16 + i) * r.hidden;
+        });
+        prefetch_rows(SECOND * 16, GROUP * DIM * 2, second_row);
+    }
     if (threadIdx.x == 0) {
-        for (int i = 0; i < 5 + 2 * STAGES; i++) barrier_init(bars + 8 * i, 1);
+        for (int i = 0; i < 3 + 2 * STAGES; i++) barrier_init(bars + 8 * i, 1);
         publish_barriers();
         barrier_expect(residual_here, residual_bytes(r));
         barrier_expect(raw_here, r.rows * QKV * 2);
@@ -151,31 +156,22 @@ attend(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
     __syncthreads();
     cluster_arrive();
     if (warp == WARPS) {
-        fetch_rows(b.at(first), first_here, FIRST * 16, r.hidden, [&](int i) {
-            return a.qkv + (long long)row_of(a, kv_head, b.rank * FIRST * 16 + i) * r.hidden;
-        });
-        auto second_row = [&](int i) {
-            return a.out + ((long long)(b.rank * SECOND * 16 + i) * a.kv_heads + kv_head) * (GROUP * DIM);
-        };
-        if (lane == 0) {
-            prefetch_norm(b, r);
-            if (a.q_norm) prefetch_bytes(a.q_norm, DIM * 4);
-            if (a.k_norm) prefetch_bytes(a.k_norm, DIM * 4);
-        }
-        for (int i = lane; i < SECOND * 16; i += 32) prefetch_bytes(second_row(i), GROUP * DIM * 2);
+        prefetch_norm(b, r);
+        int norm_lines = DIM / 32;
+        if (lane < norm_lines && a.q_norm) prefetch_line(a.q_norm + lane * 32);
+        if (lane < norm_lines && a.k_norm) prefetch_line(a.k_norm + lane * 32);
         cluster_wait();
         // In a graph, page table and lengths are older than all its kernels, and so are earlier tokens.
         if (!a.early) wait_for_previous();
         divide(a, b.rank, work);
         int bytes = parts_bytes(work);
         if (lane == 0) barrier_expect(parts_here, bytes);
-        if (lane < r.rows && work.lens[lane] > 0) prefetch_bytes(a.rope + (long long)(work.lens[lane] - 1) * DIM, DIM * 4);
+        for (int i = lane; i < r.rows * norm_lines; i += 32) {
+            int len = work.lens[i / norm_lines];
+            if (len > 0) prefetch_line(a.rope + (long long)(len - 1) * DIM + i % norm_lines * 32);
+        }
         named_arrive(2, THREADS + 32);
-        fetch_tiles(a, work, k_map, v_map, ring, kv_head, [&] {
-            // The first matrix has been multiplied.
-            named_barrier(3, THREADS + 32);
-            fetch_rows(b.at(second), second_here, SECOND * 16, GROUP * DIM, second_row);
-        });
+        fetch_tiles(a, work, k_map, v_map, ring, kv_head);
         wait_for_previous();
         return;
     }
@@ -183,14 +179,14 @@ attend(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
     wait_for_previous();
 
     share_residual(b, r, x, squares, residual_here);
-    barrier_wait(first_here, 0);
+    copies_wait<0>();
+    named_barrier(1, THREADS);
     barrier_wait_for_cluster(residual_here, 0);
     float *all_sums = (float *)(memory + sums);
-    multiply<FIRST>(memory + first, memory + x, r.hidden, all_sums, [] {
-        // In its place come sums, and what the copy engine writes.
-        publish_shared();
-        named_arrive(3, THREADS + 32);
+    multiply<FIRST>(memory + first, memory + x, r.hidden, all_sums, [&] {
+        // In its place come sums and the second matrix.
         named_barrier(1, THREADS);
+        fetch_rows(b.at(second), SECOND * 16, GROUP * DIM, second_row);
     });
     bf16 *qkv = (bf16 *)(memory + raw);
     for (int base = 0; base < r.rows * FIRST * 4; base += THREADS) {
@@ -304,7 +300,7 @@ attend(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
         float share = to < 0 ? 0.f : 1.f / weight;
         *(uint2 *)(memory + attended + row * STRIDE(GROUP * DIM) + value * 2) = make_uint2(pack(sum.x * share, sum.y * share), pack(sum.z * share, sum.w * share));
     }
+    copies_wait<0>();
     named_barrier(1, THREADS);
-    barrier_wait(second_here, 0);
     add_later<SECOND>(b, r, memory + second, memory + attended, GROUP * DIM, all_sums, a.part);
 }

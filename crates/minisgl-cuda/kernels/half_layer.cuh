@@ -12,7 +12,8 @@
 //   second    each block has all of the cluster's values, and multiplies them with its rows of the
 //             second matrix, of which the cluster has some columns: a part of the sum, for the next kernel.
 //
-// All weights of a block are on their way into its shared memory before the kernel in front is done.
+// All weights of a block are on their way, into its shared memory or the L2 cache, before the kernel in front
+// is done.
 // Blocks send with `st.async`: the receiver's barrier counts the bytes, and nobody waits for a sender.
 
 #define WARPS 8
@@ -57,20 +58,28 @@ __device__ __forceinline__ void send_to_all(const Block &b, bool valid, int at, 
     }
 }
 
-// `count` rows of `k` elements each, a row a lane, to `to` in strides of STRIDE(k). A whole warp.
+// Copies `count` rows of `k` elements each to `to`, in strides of STRIDE(k): a group of copies of every thread.
 template <typename Row>
-__device__ __forceinline__ void fetch_rows(u32 to, u32 barrier, int count, int k, Row row) {
-    int lane = threadIdx.x & 31;
-    if (lane == 0) barrier_expect(barrier, count * k * 2);
-    __syncwarp();
-    for (int i = lane; i < count; i += 32) fetch_bytes(to + i * STRIDE(k), row(i), k * 2, barrier);
+__device__ __forceinline__ void fetch_rows(u32 to, int count, int k, Row row) {
+    for (int i = threadIdx.x / 32; i < count; i += WARPS) {
+        const bf16 *from = row(i);
+        for (int at = threadIdx.x % 32 * 8; at < k; at += 256) copy_16(to + i * STRIDE(k) + at * 2, from + at);
+    }
+    copies_commit();
+}
+// Sends for rows of `bytes` bytes each.
+template <typename Row>
+__device__ __forceinline__ void prefetch_rows(int count, int bytes, Row row) {
+    int lines = (bytes + 127) / 128;
+    for (int i = threadIdx.x; i < count * lines; i += THREADS) prefetch_line((const char *)row(i / lines) + i % lines * 128);
 }
 
-// Sends for what the block reads of the residual stream's norm. One thread.
+// Sends for what the block reads of the residual stream's norm. A whole warp.
 __device__ __forceinline__ void prefetch_norm(const Block &b, const Residual &r) {
-    int columns = r.hidden / CLUSTER;
-    prefetch_bytes(r.norm + b.rank * columns, columns * 4);
+    int columns = r.hidden / CLUSTER, at = threadIdx.x % 32 * 32;
+    for (; at < columns; at += 1024) prefetch_line(r.norm + b.rank * columns + at);
 }
+
 // This block's columns of the residual stream, a warp a row: summed up, and times the norm's weights sent
 // to all blocks (to `x`, rows of STRIDE(hidden)), with the sums of their squares (to `squares` [ROWS][CLUSTER]).
 __device__ __forceinline__ void share_residual(const Block &b, const Residual &r, int x, int squares, u32 barrier) {

@@ -56,9 +56,19 @@ __device__ __forceinline__ void fetch_bytes(u32 to, const void *from, u32 bytes,
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
                  :: "r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
 }
-// Into the L2 cache; sizes and addresses as for `fetch_bytes`.
-__device__ __forceinline__ void prefetch_bytes(const void *from, u32 bytes) {
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(from), "r"(bytes) : "memory");
+// A line of 128 bytes into the L2 cache.
+__device__ __forceinline__ void prefetch_line(const void *from) {
+    asm volatile("prefetch.global.L2 [%0];" :: "l"(from) : "memory");
+}
+// 16 bytes into shared memory, by the thread itself and not by the copy engine, which takes some 60 cycles for
+// each of its copies, however short. A thread's copies are there once it has waited for all but its last
+// `PENDING` groups of them.
+__device__ __forceinline__ void copy_16(u32 to, const void *from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"(to), "l"(from) : "memory");
+}
+__device__ __forceinline__ void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int PENDING> __device__ __forceinline__ void copies_wait() {
+    asm volatile("cp.async.wait_group %0;" :: "n"(PENDING) : "memory");
 }
 __device__ __forceinline__ void prefetch_map(const TensorMap &map) {
     asm volatile("prefetch.tensormap [%0];" :: "l"(&map) : "memory");

@@ -10,9 +10,9 @@ struct Args {
     int inner_total, inner, gelu;
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) mlp(const Args a) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) mlp(const Args a) {
     extern __shared__ __align__(128) unsigned char memory[];
-    __shared__ u64 barriers[4];
+    __shared__ u64 barriers[2];
     let_next_start();
     const Residual &r = a.residual;
     Block b = {memory, shared_address(memory), cluster_rank(), int(blockIdx.x) / CLUSTER};
@@ -20,33 +20,29 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) mlp(const Args a) 
     int second = max(FIRST * 16 * STRIDE(r.hidden), WARPS * ROWS * SUMS_ROW(max(FIRST, SECOND)) * 4);
     int x = second + SECOND * 16 * STRIDE(a.inner), mid = x + ROWS * STRIDE(r.hidden), squares = mid + ROWS * STRIDE(a.inner);
     float *sums = (float *)memory;
-    u32 first_here = shared_address(barriers), second_here = first_here + 8, residual_here = first_here + 16, mid_here = first_here + 24;
+    u32 residual_here = shared_address(barriers), mid_here = residual_here + 8;
+    fetch_rows(b.at(0), FIRST * 16, r.hidden, [&](int i) {
+        int n = b.cluster * a.inner + b.rank * mine + i / 16 * 8 + i % 8;
+        return a.gate_up + (long long)(n + (i & 8 ? a.inner_total : 0)) * r.hidden;
+    });
+    fetch_rows(b.at(second), SECOND * 16, a.inner, [&](int i) {
+        return a.down + (long long)(b.rank * SECOND * 16 + i) * a.inner_total + b.cluster * a.inner;
+    });
+    if (warp == 0) prefetch_norm(b, r);
     if (threadIdx.x == 0) {
-        for (int i = 0; i < 4; i++) barrier_init(first_here + 8 * i, 1);
+        barrier_init(residual_here, 1), barrier_init(mid_here, 1);
         publish_barriers();
         barrier_expect(residual_here, residual_bytes(r));
         barrier_expect(mid_here, r.rows * a.inner * 2);
     }
     __syncthreads();
     cluster_arrive();
-    if (warp == WARPS) {
-        if (threadIdx.x % 32 == 0) prefetch_norm(b, r);
-        fetch_rows(b.at(0), first_here, FIRST * 16, r.hidden, [&](int i) {
-            int n = b.cluster * a.inner + b.rank * mine + i / 16 * 8 + i % 8;
-            return a.gate_up + (long long)(n + (i & 8 ? a.inner_total : 0)) * r.hidden;
-        });
-        fetch_rows(b.at(second), second_here, SECOND * 16, a.inner, [&](int i) {
-            return a.down + (long long)(b.rank * SECOND * 16 + i) * a.inner_total + b.cluster * a.inner;
-        });
-        cluster_wait();
-        wait_for_previous();
-        return;
-    }
     cluster_wait();
     wait_for_previous();
 
     share_residual(b, r, x, squares, residual_here);
-    barrier_wait(first_here, 0);
+    copies_wait<1>();
+    named_barrier(1, THREADS);
     barrier_wait_for_cluster(residual_here, 0);
     multiply<FIRST>(memory, memory + x, r.hidden, sums, [] { named_barrier(1, THREADS); });
     for (int base = 0; base < r.rows * mine / 4; base += THREADS) {
@@ -62,7 +58,8 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) mlp(const Args a) 
         }
         send_to_all(b, valid, mid + row * STRIDE(a.inner) + (b.rank * mine + n) * 2, mid_here, value);
     }
-    barrier_wait(second_here, 0);
+    copies_wait<0>();
+    named_barrier(1, THREADS);
     barrier_wait_for_cluster(mid_here, 0);
     add_later<SECOND>(b, r, memory + second, memory + mid, a.inner, sums, a.part);
 }

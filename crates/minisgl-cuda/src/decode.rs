@@ -63,7 +63,7 @@ const STAGES_MAX: usize = 48;
 /// on an H200 with Qwen3-14B's groups of 5).
 const GROUP_MAX: usize = 16;
 /// Tiles on their way.
-const TILE_BYTES: usize = 192 << 10;
+const TILE_BYTES: usize = 128 << 10;
 /// The same for up to so many rows, whose steps are short: the next kernel's blocks find room beside
 /// this one's.
 const FEW_ROWS: usize = 16;

@@ -17,7 +17,9 @@ use crate::weights::tensor;
 const CLUSTER: usize = 8;
 const WARPS: usize = 8;
 const ROWS: usize = 8;
-const THREADS: usize = 32 * (WARPS + 1);
+const THREADS: usize = 32 * WARPS;
+/// `attend.cu` has a warp more, which fetches tiles.
+const ATTEND_THREADS: usize = THREADS + 32;
 /// Tokens of a tile of the cache. Tiles on their way: one of each warp.
 const TILE: usize = 16;
 const STAGES: usize = WARPS;
@@ -142,9 +144,9 @@ impl Block {
         (fits && hidden.is_multiple_of(16 * CLUSTER)).then_some(block)
     }
 
-    fn launch(self, clusters: usize) -> Launch {
+    fn launch(self, clusters: usize, threads: usize) -> Launch {
         let grid = [clusters * CLUSTER, 1, 1];
-        Launch { grid, threads: THREADS, shared: self.shared, cluster: CLUSTER }
+        Launch { grid, threads, shared: self.shared, cluster: CLUSTER }
     }
 }
 
@@ -174,7 +176,7 @@ impl CudaBackend {
             ("SECOND", block.second as i32),
         ];
         let function = self.kernels.get(Module::Attend, &defines, "attend")?;
-        let shape = block.launch(clusters);
+        let shape = block.launch(clusters, ATTEND_THREADS);
         if !self.clusters_fit(function, shape)? {
             return Ok(false);
         }
@@ -238,7 +240,7 @@ impl CudaBackend {
             ("SECOND", block.second as i32),
         ];
         let function = self.kernels.get(Module::Mlp, &defines, "mlp")?;
-        let shape = block.launch(clusters);
+        let shape = block.launch(clusters, THREADS);
         if !self.clusters_fit(function, shape)? {
             return Ok(false);
         }
