@@ -99,7 +99,13 @@ fn main() -> Result<()> {
     for shape in SHAPES.iter().filter(|s| every || asked(s.name)) {
         let decode = if asked("cascade") { DecodeKernel::Cascade } else { DecodeKernel::Auto };
         let kernels = AttentionKernels { decode, ..AttentionKernels::default() };
-        let attention = ModelAttention { kernels, heads: shape.heads, page_size: PAGE };
+        let attention = ModelAttention {
+            kernels,
+            heads: shape.heads,
+            hidden: shape.hidden,
+            inner: shape.inner,
+            page_size: PAGE,
+        };
         let options = CudaOptions::new(0, Precision::Native);
         let b = CudaBackend::new(CudaOptions { attention: Some(attention), ..options })?;
         if asked("library") {

@@ -203,6 +203,12 @@ attend(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
         send_to_all(b, valid, raw + (row * QKV + column) * 2, raw_here, value);
     }
     named_barrier(2, THREADS + 32);
+    // What the rotation reads.
+    if (work.from < work.to && lane < DIM / 32) {
+        if (a.q_norm) prefetch_near(a.q_norm + lane * 32);
+        if (a.k_norm) prefetch_near(a.k_norm + lane * 32);
+        prefetch_near(a.rope + (long long)(work.lens[work.row_at(work.from)] - 1) * DIM + lane * 32);
+    }
     barrier_wait_for_cluster(raw_here, 0);
 
     float scale = (a.scores.soft_cap > 0.f ? 1.f : a.scores.scale) * 1.4426950408889634f;

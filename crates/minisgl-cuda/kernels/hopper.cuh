@@ -56,6 +56,10 @@ __device__ __forceinline__ void fetch_bytes(u32 to, const void *from, u32 bytes,
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
                  :: "r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
 }
+// A line of 128 bytes into the L1 cache.
+__device__ __forceinline__ void prefetch_near(const void *from) {
+    asm volatile("prefetch.global.L1 [%0];" :: "l"(from) : "memory");
+}
 // A line of 128 bytes into the L2 cache.
 __device__ __forceinline__ void prefetch_line(const void *from) {
     asm volatile("prefetch.global.L2 [%0];" :: "l"(from) : "memory");

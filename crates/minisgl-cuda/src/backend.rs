@@ -18,7 +18,7 @@ use crate::clock::Clock;
 use crate::device::{Arg, Device, Function, Launch, args, driver, fail};
 use crate::fault::Fault;
 use crate::gemm::Gemm;
-use crate::half_layer::Pending;
+use crate::half_layer::{Pending, half_layer_variants};
 use crate::kernels::{Kernels, Module};
 use crate::staging::Staging;
 use crate::weights::tensor;
@@ -93,15 +93,18 @@ impl CudaBackend {
         if card.has_warpgroups() {
             modules.extend(crate::narrow::narrow_variants());
         }
-        modules.extend(attention.map(|attention| attention.modules(card)).into_iter().flatten());
+        if let Some(attention) = attention {
+            modules.extend(attention.modules(card));
+            if card.fuses_layers() && attention.hidden > 0 {
+                let ModelAttention { heads, hidden, inner, .. } = *attention;
+                modules.extend(half_layer_variants(heads, hidden, inner, device.multiprocessors));
+            }
+        }
         kernels.prepare(&modules)?;
         tracing::info!(seconds = started.elapsed().as_secs_f64(), "kernels are compiled");
         let gemm = Gemm::new(&device)?;
         tracing::info!(seconds = started.elapsed().as_secs_f64(), "cuBLASLt is open");
         let staging = Staging::new(&device)?;
-        // What is not the default before it has been seen to gain on a card: docs/open.md.
-        let wanted = std::env::var("MINISGL_CUDA_TRY").unwrap_or_default();
-        let tries = |name: &str| wanted.split(',').any(|wanted| wanted == name);
         tracing::info!(seconds = started.elapsed().as_secs_f64(), "staging memory is there");
         Ok(Self {
             gemm,
@@ -114,7 +117,7 @@ impl CudaBackend {
             fault: Fault::from_environment(),
             scratch: Mutex::default(),
             products: Mutex::default(),
-            fuses: AtomicBool::new(tries("fused")),
+            fuses: AtomicBool::new(true),
             fused_halves: AtomicUsize::new(0),
             clusters_at_once: Mutex::default(),
             pending: Mutex::default(),

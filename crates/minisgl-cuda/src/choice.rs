@@ -95,6 +95,11 @@ pub struct ModelAttention {
     pub kernels: AttentionKernels,
     /// The model's heads.
     pub heads: Heads,
+    /// Width of the residual stream and features inside of an MLP, where one rank has all of them: then
+    /// half a layer may be one kernel. Else 0.
+    pub hidden: usize,
+    /// See `hidden`.
+    pub inner: usize,
     /// Tokens in a page.
     pub page_size: usize,
 }
@@ -113,6 +118,11 @@ impl Card {
         !self.exact && self.capability == (9, 0)
     }
 
+    /// Whether it has clusters, and blocks with the shared memory that half a layer takes.
+    pub(crate) fn fuses_layers(self) -> bool {
+        !self.exact && matches!(self.capability.0, 9 | 10)
+    }
+
     /// Whether `kernels/prefill.cu` takes such heads and pages.
     pub(crate) fn prefills_by_warpgroups(self, heads: Heads, page_size: usize) -> bool {
         self.has_warpgroups() && takes_tiles(heads, page_size)
@@ -123,7 +133,7 @@ impl ModelAttention {
     /// # Errors
     /// If kernels were asked for by name that the card, the heads or the pages do not allow.
     pub(crate) fn check(&self, card: Card) -> Result<()> {
-        let Self { kernels, heads, page_size } = *self;
+        let Self { kernels, heads, page_size, .. } = *self;
         let refuse = |name: &str, needs: &str| {
             let (major, minor) = card.capability;
             let precision = if card.exact { "float32, " } else { "" };
@@ -157,7 +167,7 @@ impl ModelAttention {
     /// The kernel files that such a model's steps take, as long as no step has more rows than the
     /// fastest of them can.
     pub(crate) fn modules(&self, card: Card) -> Vec<Key> {
-        let Self { kernels, heads, page_size } = *self;
+        let Self { kernels, heads, page_size, .. } = *self;
         let by_warpgroups =
             kernels.prefill != PrefillKernel::Mma && card.prefills_by_warpgroups(heads, page_size);
         let prefill = if by_warpgroups { prefill_variant(heads) } else { tiled_variant(heads) };
@@ -194,7 +204,8 @@ mod tests {
 
     fn model(kernels: &str, q: usize, kv: usize, dim: usize, page_size: usize) -> ModelAttention {
         let heads = Heads { q, kv, dim };
-        ModelAttention { kernels: kernels.parse().unwrap(), heads, page_size }
+        let kernels = kernels.parse().unwrap();
+        ModelAttention { kernels, heads, hidden: 0, inner: 0, page_size }
     }
 
     const H200: Card = Card { exact: false, capability: (9, 0) };

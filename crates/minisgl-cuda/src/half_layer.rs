@@ -9,7 +9,7 @@ use minisgl_tensor::{Activation, AttentionLayer, DType, Heads, Mlp, Norm, Result
 use crate::attention::page_matrix;
 use crate::backend::{CudaBackend, norm_args};
 use crate::device::{Launch, address_of, args};
-use crate::kernels::Module;
+use crate::kernels::{Key, Module};
 use crate::weights::tensor;
 
 /// Blocks of a cluster; the warps of a block that multiply; rows. A block has a multiprocessor to itself, and
@@ -150,6 +150,45 @@ impl Block {
     }
 }
 
+fn attend_variant(block: Block, heads: Heads) -> Key {
+    let group = heads.q / heads.kv;
+    let defines = vec![
+        ("CLUSTER", CLUSTER as i32),
+        ("DIM", heads.dim as i32),
+        ("GROUP", group as i32),
+        ("HALVES", group.div_ceil(8) as i32),
+        ("FIRST", block.first as i32),
+        ("SECOND", block.second as i32),
+    ];
+    (Module::Attend, defines)
+}
+
+fn mlp_variant(block: Block) -> Key {
+    let sizes = [CLUSTER, block.first, block.second].map(|size| size as i32);
+    (Module::Mlp, ["CLUSTER", "FIRST", "SECOND"].into_iter().zip(sizes).collect())
+}
+
+/// The MLP's clusters: as many as divide it evenly.
+fn mlp_clusters(hidden: usize, inner: usize, multiprocessors: usize) -> Option<(usize, Block)> {
+    let most = PARTS_MAX.min(multiprocessors / CLUSTER);
+    (1..=most)
+        .rev()
+        .filter(|clusters| inner.is_multiple_of(*clusters))
+        .find_map(|clusters| Some((clusters, Block::mlp(hidden, inner / clusters)?)))
+}
+
+/// The kernels of a model's half layers, as far as there are any.
+pub(crate) fn half_layer_variants(
+    heads: Heads,
+    hidden: usize,
+    inner: usize,
+    multiprocessors: usize,
+) -> Vec<Key> {
+    let attend = Block::attend(hidden, heads).map(|block| attend_variant(block, heads));
+    let mlp = mlp_clusters(hidden, inner, multiprocessors).map(|(_, block)| mlp_variant(block));
+    attend.into_iter().chain(mlp).collect()
+}
+
 /// Bytes of the warps' sums over so many tiles.
 fn sums(tiles: usize) -> usize {
     WARPS * ROWS * (tiles * 16 + 4) * 4
@@ -166,16 +205,8 @@ impl CudaBackend {
         if !(pages && decodes && self.can_fuse(hidden, clusters)) {
             return Ok(false);
         }
-        let group = heads.q / heads.kv;
-        let defines = [
-            ("CLUSTER", CLUSTER as i32),
-            ("DIM", heads.dim as i32),
-            ("GROUP", group as i32),
-            ("HALVES", group.div_ceil(8) as i32),
-            ("FIRST", block.first as i32),
-            ("SECOND", block.second as i32),
-        ];
-        let function = self.kernels.get(Module::Attend, &defines, "attend")?;
+        let (module, defines) = attend_variant(block, heads);
+        let function = self.kernels.get(module, &defines, "attend")?;
         let shape = block.launch(clusters, ATTEND_THREADS);
         if !self.clusters_fit(function, shape)? {
             return Ok(false);
@@ -224,22 +255,13 @@ impl CudaBackend {
     /// Whether `mlp.cu` does it.
     pub(crate) fn fused_mlp_op(&self, a: &Mlp<'_>, hidden: &Tensor) -> Result<bool> {
         let inner_total = a.down.cols();
-        let most = PARTS_MAX.min(self.device.multiprocessors / CLUSTER);
-        // The fewest inner features a cluster that divide evenly.
-        let block = (1..=most)
-            .rev()
-            .filter(|clusters| inner_total.is_multiple_of(*clusters))
-            .find_map(|c| Some((c, Block::mlp(hidden.row_len(), inner_total / c)?)));
+        let block = mlp_clusters(hidden.row_len(), inner_total, self.device.multiprocessors);
         let Some((clusters, block)) = block else { return Ok(false) };
         if !self.can_fuse(hidden, clusters) {
             return Ok(false);
         }
-        let defines = [
-            ("CLUSTER", CLUSTER as i32),
-            ("FIRST", block.first as i32),
-            ("SECOND", block.second as i32),
-        ];
-        let function = self.kernels.get(Module::Mlp, &defines, "mlp")?;
+        let (module, defines) = mlp_variant(block);
+        let function = self.kernels.get(module, &defines, "mlp")?;
         let shape = block.launch(clusters, THREADS);
         if !self.clusters_fit(function, shape)? {
             return Ok(false);
@@ -270,8 +292,7 @@ impl CudaBackend {
 
     fn can_fuse(&self, hidden: &Tensor, clusters: usize) -> bool {
         self.fuses()
-            && !self.exact
-            && matches!(self.device.capability.0, 9 | 10)
+            && self.card().fuses_layers()
             && hidden.dim(0) <= ROWS
             && clusters <= PARTS_MAX
             && clusters * CLUSTER <= self.device.multiprocessors

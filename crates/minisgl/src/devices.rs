@@ -79,8 +79,13 @@ fn open_ranks(
             let heads = Heads { q: config.q_heads, kv: config.kv_heads, dim: config.head_dim };
             let page_size = options.page_size.unwrap_or(EngineOptions::default().page_size);
             let open = |device| {
-                let attention = ModelAttention { kernels: options.attn, heads, page_size };
-                let attention = Some(attention);
+                let attention = Some(ModelAttention {
+                    kernels: options.attn,
+                    heads,
+                    hidden: if ranks == 1 { config.hidden_size } else { 0 },
+                    inner: if ranks == 1 { config.intermediate_size } else { 0 },
+                    page_size,
+                });
                 Ok(Arc::new(CudaBackend::new(CudaOptions { device, precision, attention })?))
             };
             open_cards(first, ranks, open, GroupOptions { timeout, transport })
