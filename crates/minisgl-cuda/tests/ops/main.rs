@@ -1,11 +1,12 @@
 //! Every operation against a plain f64 loop, on fresh random inputs at odd sizes, with the output
 //! poisoned before. Skipped, with the reason, where there is no card.
 
-use std::sync::Arc;
+mod attention;
 
 use half::bf16;
-use minisgl_cuda::{CudaBackend, CudaOptions, ModelAttention, Products};
+use minisgl_cuda::{CudaBackend, CudaOptions, Products};
 use minisgl_tensor::*;
+use rayon::prelude::*;
 
 struct Rng(u64);
 impl Rng {
@@ -58,13 +59,11 @@ impl Rig {
         (v, t)
     }
     fn put(&self, v: &[f64], shape: &[usize]) -> Tensor {
-        let dtype = self.b.activation_dtype();
-        let t = self.b.alloc(dtype, shape).unwrap();
-        let bytes: Vec<u8> = match dtype {
-            DType::BF16 => v.iter().flat_map(|&x| bf16::from_f64(x).to_le_bytes()).collect(),
-            _ => v.iter().flat_map(|&x| (x as f32).to_le_bytes()).collect(),
-        };
-        self.b.upload(&bytes, &t).unwrap();
+        self.put_bytes(&bytes_of(self.b.activation_dtype(), v), shape)
+    }
+    fn put_bytes(&self, bytes: &[u8], shape: &[usize]) -> Tensor {
+        let t = self.b.alloc(self.b.activation_dtype(), shape).unwrap();
+        self.b.upload(bytes, &t).unwrap();
         t
     }
     fn poison(&self, dtype: DType, shape: &[usize]) -> Tensor {
@@ -88,16 +87,7 @@ impl Rig {
         t
     }
     fn get(&self, t: &Tensor) -> Vec<f64> {
-        let bytes = self.b.download(t).unwrap().wait().unwrap();
-        match t.dtype() {
-            DType::BF16 => {
-                bytes.chunks_exact(2).map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f64()).collect()
-            }
-            _ => bytes
-                .chunks_exact(4)
-                .map(|b| f64::from(f32::from_le_bytes([b[0], b[1], b[2], b[3]])))
-                .collect(),
-        }
+        numbers(t.dtype(), &self.b.download(t).unwrap().wait().unwrap())
     }
     fn get_ints(&self, t: &Tensor) -> Vec<i32> {
         let bytes = self.b.download(t).unwrap().wait().unwrap();
@@ -126,6 +116,25 @@ impl Rig {
     }
 }
 
+fn numbers(dtype: DType, bytes: &[u8]) -> Vec<f64> {
+    match dtype {
+        DType::BF16 => {
+            bytes.chunks_exact(2).map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f64()).collect()
+        }
+        _ => bytes
+            .chunks_exact(4)
+            .map(|b| f64::from(f32::from_le_bytes([b[0], b[1], b[2], b[3]])))
+            .collect(),
+    }
+}
+
+fn bytes_of(dtype: DType, numbers: &[f64]) -> Vec<u8> {
+    match dtype {
+        DType::BF16 => numbers.iter().flat_map(|&x| bf16::from_f64(x).to_le_bytes()).collect(),
+        _ => numbers.iter().flat_map(|&x| (x as f32).to_le_bytes()).collect(),
+    }
+}
+
 fn host(v: &[f64], shape: &[usize]) -> HostTensor<'static> {
     let data: Vec<u8> = v.iter().flat_map(|&x| (x as f32).to_le_bytes()).collect();
     HostTensor {
@@ -138,13 +147,11 @@ fn host(v: &[f64], shape: &[usize]) -> HostTensor<'static> {
 }
 
 fn matmul(x: &[f64], w: &[f64], m: usize, n: usize, k: usize) -> Vec<f64> {
-    let mut out = vec![0.0; m * n];
-    for i in 0..m {
-        for j in 0..n {
-            out[i * n + j] = (0..k).map(|l| x[i * k + l] * w[j * k + l]).sum();
-        }
-    }
-    out
+    let dot = |i: usize| {
+        let (x, w) = (&x[i / n * k..][..k], &w[i % n * k..][..k]);
+        x.iter().zip(w).map(|(x, w)| x * w).sum()
+    };
+    (0..m * n).into_par_iter().map(dot).collect()
 }
 
 fn normed(x: &[f64], w: &[f64], width: usize, eps: f64) -> Vec<f64> {
@@ -274,321 +281,6 @@ fn embedding_gather_and_scatter() {
         r.b.scatter(&r.ints(&[3, -1, 0], &[3]), &r.ints(&[9, 8, 7], &[3]), &flat).unwrap();
         assert_eq!(r.get_ints(&flat), [7, 2, 3, 9]);
     }
-}
-
-struct Case<'a> {
-    heads: Heads,
-    page_size: usize,
-    /// `(cached, extend)`, decodes first.
-    rows: &'a [(usize, usize)],
-    window: Option<usize>,
-    soft_cap: Option<f32>,
-    /// Decode rows that begin with the same pages, and how many.
-    shared: &'a [(Vec<usize>, usize)],
-}
-
-impl Case<'_> {
-    /// Whose page it is that a row has as its `i`th.
-    fn owner(&self, row: usize, i: usize) -> usize {
-        let shares = |(rows, pages): &&(Vec<usize>, usize)| rows.contains(&row) && i < *pages;
-        self.shared.iter().find(shares).map_or(row, |(rows, _)| rows[0])
-    }
-
-    /// In lots of `size`, as an engine has them, with two lots more that are not there.
-    fn lots(&self, r: &Rig, size: usize, decode_rows: usize) -> SharedPrefixes {
-        let (mut rows, mut tokens, mut covered) = (vec![], vec![], vec![0; decode_rows]);
-        for (together, pages) in self.shared {
-            for lot in together.chunks(size).filter(|lot| lot.len() > 1) {
-                tokens.push((pages * self.page_size) as i32);
-                rows.extend((0..size).map(|i| lot.get(i).map_or(-1, |row| *row as i32)));
-                lot.iter().for_each(|row| covered[*row] = (pages * self.page_size) as i32);
-            }
-        }
-        rows.extend(vec![-1; 2 * size]);
-        tokens.extend([0, 0]);
-        SharedPrefixes {
-            rows: r.ints(&rows, &[tokens.len(), size]),
-            tokens: r.ints(&tokens, &[tokens.len()]),
-            covered: r.ints(&covered, &[decode_rows]),
-        }
-    }
-}
-
-#[test]
-fn rope_and_attention() {
-    let h = |q, kv, dim| Heads { q, kv, dim };
-    let mixed: &[(usize, usize)] = &[(0, 1), (37, 1), (700, 1), (0, 77), (50, 33), (3, 2)];
-    for mut r in rigs("attention") {
-        for heads in [
-            h(4, 2, 64),
-            h(5, 1, 80),
-            h(6, 2, 96),
-            h(16, 8, 128),
-            h(40, 8, 128),
-            h(2, 1, 256),
-            h(8, 8, 64),
-            h(32, 2, 64),
-        ] {
-            for (page_size, window, soft_cap) in [
-                (1, None, None),
-                (16, None, None),
-                (16, Some(40), None),
-                (64, None, Some(2.0)),
-                (8, Some(40), None),
-                (3, Some(7), None),
-            ] {
-                let case = Case { heads, page_size, rows: mixed, window, soft_cap, shared: &[] };
-                attention_case(&mut r, &case);
-            }
-        }
-        let many: &[(usize, usize)] = &[(1500, 1); 20];
-        let short: Vec<(usize, usize)> = (0..300).map(|i| (i % 41, 1)).collect();
-        for rows in [many, &short, &[(1000, 1)]] {
-            for heads in [h(4, 2, 128), h(10, 2, 128), h(24, 2, 64)] {
-                let case =
-                    Case { heads, page_size: 16, rows, window: None, soft_cap: None, shared: &[] };
-                attention_case(&mut r, &case);
-            }
-        }
-    }
-}
-
-/// Rows that share a prefix, read once for several of them (`--attn auto,cascade`).
-#[test]
-fn decodes_over_shared_prefixes() {
-    if rigs("shared prefixes").is_empty() {
-        return;
-    }
-    let h = |q, kv, dim| Heads { q, kv, dim };
-    for heads in [h(16, 8, 128), h(10, 2, 128), h(8, 1, 64), h(3, 3, 64), h(8, 2, 256)] {
-        for page_size in [16, 64] {
-            let kernels = "auto,cascade".parse().unwrap();
-            let attention = Some(ModelAttention { kernels, heads, hidden: 0, inner: 0, page_size });
-            let precision = Precision::Native;
-            let backend = match CudaBackend::new(CudaOptions { device: 0, precision, attention }) {
-                Ok(backend) => backend,
-                // Cards that do not have the kernel.
-                Err(BackendError::Unsupported(why)) => {
-                    eprintln!("shared prefixes: skipped: {why}");
-                    return;
-                }
-                Err(error) => panic!("{error}"),
-            };
-            let seed = 1 + page_size as u64 + heads.q as u64;
-            let mut r = Rig { b: backend, rng: Rng(seed) };
-            let size = r.b.prefix_rows_max(heads);
-            assert_eq!(size, 16 / (heads.q / heads.kv));
-            shared_cases(&mut r, heads, page_size);
-        }
-    }
-}
-
-fn shared_cases(r: &mut Rig, heads: Heads, page_size: usize) {
-    // Two prefixes, one of many rows and one of two; rows of which one has no token of its own but the
-    // new one, rows that share nothing; and behind the decodes prompts.
-    let mut rows: Vec<(usize, usize)> = (0..19).map(|i| (128 + i * 13, 1)).collect();
-    rows.extend([(0, 1), (640 + 3, 1), (700, 1), (640, 1), (0, 77), (50, 33)]);
-    let many = (0..19).filter(|row| *row != 7).collect();
-    let mixed = [(many, 128 / page_size), (vec![20, 22], 640 / page_size)];
-    // A batch that fills the card, and one prefix for all of it.
-    let full: Vec<(usize, usize)> = (0..130).map(|i| (192 + i % 50, 1)).collect();
-    let whole = [((0..130).collect(), 192 / page_size)];
-    // Few rows, so that units are spread over many blocks.
-    let few = [(960 + 100, 1), (960 + 1, 1), (960 + 333, 1)];
-    let three = [(vec![0, 1, 2], 960 / page_size)];
-    let mut run = |rows, window, soft_cap, shared| {
-        attention_case(r, &Case { heads, page_size, rows, window, soft_cap, shared });
-    };
-    for soft_cap in [None, Some(2.0)] {
-        // A window is another kernel's, whatever is shared.
-        for window in [None, Some(40)] {
-            run(&rows, window, soft_cap, &mixed);
-        }
-    }
-    run(&full, None, None, &whole);
-    run(&few, None, None, &three);
-}
-
-fn attention_case(r: &mut Rig, case: &Case<'_>) {
-    let Heads { q: qh, kv: kvh, dim } = case.heads;
-    let rows = case.rows.len();
-    let tokens: usize = case.rows.iter().map(|x| x.1).sum();
-    let longest = case.rows.iter().map(|x| x.0 + x.1).max().unwrap();
-    let per_row = longest.div_ceil(case.page_size);
-    let pages = rows * per_row + 1;
-    let width = case.heads.qkv_width();
-    // Pages of a row lie in reverse order behind each other; slots are reversed, too.
-    let slot = |row: usize| rows - 1 - row;
-    let page = |row: usize, i: usize| slot(case.owner(row, i)) * per_row + (per_row - 1 - i) + 1;
-    let at =
-        |row: usize, p: usize| page(row, p / case.page_size) * case.page_size + p % case.page_size;
-    let mut table = vec![0i32; rows * per_row];
-    for row in 0..rows {
-        for i in 0..per_row {
-            table[slot(row) * per_row + i] = page(row, i) as i32;
-        }
-    }
-    let (mut k, kt) = r.tensor(&[pages, kvh, case.page_size, dim]);
-    let (mut v, vt) = r.tensor(&[pages, kvh, case.page_size, dim]);
-    let (mut qkv, qkvt) = r.tensor(&[tokens, width]);
-    let fresh = [k.clone(), v.clone(), qkv.clone()];
-    let (qw, qn) = r.vector(dim);
-    let (kw, kn) = r.vector(dim);
-    let angles: Vec<f64> = (0..longest)
-        .flat_map(|p| {
-            let half = dim / 2;
-            (0..dim)
-                .map(move |i| {
-                    let a = p as f64 * 10000f64.powf(-2.0 * (i % half) as f64 / dim as f64);
-                    if i < half { a.cos() } else { a.sin() }
-                })
-                .collect::<Vec<_>>()
-        })
-        .collect();
-    let mut start = vec![0i32];
-    let (mut positions, mut store_at, mut owner) = (vec![], vec![], vec![]);
-    for (row, &(cached, extend)) in case.rows.iter().enumerate() {
-        for p in cached..cached + extend {
-            positions.push(p as i32);
-            store_at.push(at(row, p) as i32);
-            owner.push(row);
-        }
-        start.push(positions.len() as i32);
-    }
-    let kv_len: Vec<i32> = case.rows.iter().map(|x| (x.0 + x.1) as i32).collect();
-    let batch = Batch {
-        rows,
-        tokens,
-        decode_rows: case.rows.iter().take_while(|x| x.1 == 1).count(),
-        slots: r.ints(&(0..rows).map(|x| slot(x) as i32).collect::<Vec<_>>(), &[rows]),
-        query_start: r.ints(&start, &[rows + 1]),
-        kv_len: r.ints(&kv_len, &[rows]),
-        positions: r.ints(&positions, &[tokens]),
-        store_at: r.ints(&store_at, &[tokens]),
-        page_table: r.ints(&table, &[rows, per_row]),
-        page_size: case.page_size,
-        host: Some(Arc::new(HostBatch { query_start: start.clone(), kv_len })),
-        kv_len_max: longest,
-        extend_len_max: case.rows.iter().map(|x| x.1).max().unwrap(),
-        shared: None,
-    };
-    let lot_size = r.b.prefix_rows_max(case.heads);
-    let lots = (lot_size > 1).then(|| case.lots(r, lot_size, batch.decode_rows));
-    let batch = Batch { shared: lots, ..batch };
-    let kv = KvLayer { k: kt, v: vt };
-    let norm = |weight: &Weight| Norm { weight: weight.clone(), eps: 1e-6, plus_one: false };
-    let rope = r.f32s(&angles).reshape(&[longest, dim]);
-    let (qn, kn) = (norm(&qn), norm(&kn));
-    let args = RopeStore {
-        batch: &batch,
-        heads: case.heads,
-        q_norm: Some(&qn),
-        k_norm: Some(&kn),
-        rope: &rope,
-        kv: &kv,
-    };
-    r.b.rope_store(&args, &qkvt).unwrap();
-    // The same on the host.
-    for t in 0..tokens {
-        for head in 0..qh + 2 * kvh {
-            let x = &mut qkv[t * width + head * dim..][..dim];
-            if head < qh + kvh {
-                let w = if head < qh { &qw } else { &kw };
-                let n = normed(x, w, dim, 1e-6);
-                for i in 0..dim / 2 {
-                    let a = &angles[positions[t] as usize * dim..];
-                    x[i] = r.round(n[i] * a[i] - n[i + dim / 2] * a[i + dim / 2]);
-                    x[i + dim / 2] = r.round(n[i + dim / 2] * a[i] + n[i] * a[i + dim / 2]);
-                }
-            }
-            if head >= qh {
-                let kv_head = (head - qh) % kvh;
-                let (p, o) =
-                    (store_at[t] as usize / case.page_size, store_at[t] as usize % case.page_size);
-                let to = ((p * kvh + kv_head) * case.page_size + o) * dim;
-                let pages = if head < qh + kvh { &mut k } else { &mut v };
-                pages[to..to + dim].copy_from_slice(x);
-            }
-        }
-    }
-    let what = format!(
-        "{:?} page {} window {:?} cap {:?}",
-        case.heads, case.page_size, case.window, case.soft_cap
-    );
-    r.close(&format!("k {what}"), &r.get(&kv.k), &k);
-    r.close(&format!("v {what}"), &r.get(&kv.v), &v);
-    let scale = 1.0 / (dim as f64).sqrt();
-    let mut want = vec![0.0; tokens * qh * dim];
-    for t in 0..tokens {
-        let (row, pos) = (owner[t], positions[t] as usize);
-        let first = case.window.map_or(0, |w| (pos + 1).saturating_sub(w));
-        for head in 0..qh {
-            let q = &qkv[t * width + head * dim..][..dim];
-            let place = |p: usize| {
-                ((at(row, p) / case.page_size * kvh + head / (qh / kvh)) * case.page_size
-                    + at(row, p) % case.page_size)
-                    * dim
-            };
-            let s: Vec<f64> = (first..=pos)
-                .map(|p| {
-                    let s = scale * q.iter().zip(&k[place(p)..]).map(|(a, b)| a * b).sum::<f64>();
-                    case.soft_cap.map_or(s, |c| f64::from(c) * (s / f64::from(c)).tanh())
-                })
-                .collect();
-            let top = s.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-            let sum: f64 = s.iter().map(|x| (x - top).exp()).sum();
-            for (i, p) in (first..=pos).enumerate() {
-                let weight = (s[i] - top).exp() / sum;
-                for d in 0..dim {
-                    want[(t * qh + head) * dim + d] += weight * v[place(p) + d];
-                }
-            }
-        }
-    }
-    let run = |batch: &Batch, out: &Tensor| {
-        let args = Attention {
-            batch,
-            heads: case.heads,
-            kv: &kv,
-            scale: scale as f32,
-            window: case.window,
-            soft_cap: case.soft_cap,
-        };
-        r.b.attention(&args, &qkvt, out).unwrap();
-    };
-    for _ in 0..2 {
-        let out = r.out(&[tokens, qh * dim]);
-        run(&batch, &out);
-        r.close(&format!("attention {what}"), &r.get(&out), &want);
-    }
-    // The decode rows as prefill rows must say the same.
-    let out = r.out(&[tokens, qh * dim]);
-    run(&Batch { decode_rows: 0, ..batch.clone() }, &out);
-    r.close(&format!("attention as prefill {what}"), &r.get(&out), &want);
-
-    // Both operations at once, also from a graph.
-    let [k0, v0, qkv0] = &fresh;
-    let kv = KvLayer { k: r.put(k0, kv.k.shape()), v: r.put(v0, kv.v.shape()) };
-    let out = r.out(&[tokens, qh * dim]);
-    let (scale, heads) = (scale as f32, case.heads);
-    let store = RopeStore { kv: &kv, ..args };
-    let attention = Attention {
-        batch: &batch,
-        heads,
-        kv: &kv,
-        scale,
-        window: case.window,
-        soft_cap: case.soft_cap,
-    };
-    let qkvt = r.put(qkv0, &[tokens, width]);
-    r.b.rope_attention(&store, &attention, &qkvt, &out).unwrap();
-    r.close(&format!("rope and attention {what}"), &r.get(&out), &want);
-    r.close(&format!("k of both {what}"), &r.get(&kv.k), &k);
-    r.close(&format!("v of both {what}"), &r.get(&kv.v), &v);
-    let (out, input) = (r.out(&[tokens, qh * dim]), r.put(qkv0, &[tokens, width]));
-    let graph = r.b.capture(&mut || r.b.rope_attention(&store, &attention, &input, &out)).unwrap();
-    graph.unwrap().launch().unwrap();
-    r.close(&format!("rope and attention in a graph {what}"), &r.get(&out), &want);
 }
 
 #[test]

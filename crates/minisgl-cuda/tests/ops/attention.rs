@@ -1,0 +1,422 @@
+//! Attention, and the norm, rotation and store in front of it, over pages that lie in no order.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use minisgl_cuda::{CudaBackend, CudaOptions, ModelAttention};
+use minisgl_tensor::*;
+use rayon::prelude::*;
+
+use crate::{Rig, Rng, bytes_of, normed, numbers, rigs};
+
+#[derive(Clone, Copy)]
+struct Case<'a> {
+    heads: Heads,
+    page_size: usize,
+    /// `(cached, extend)`, decodes first.
+    rows: &'a [(usize, usize)],
+    window: Option<usize>,
+    soft_cap: Option<f32>,
+    /// Decode rows that begin with the same pages, and how many.
+    shared: &'a [(Vec<usize>, usize)],
+}
+
+impl Case<'_> {
+    /// Whose page it is that a row has as its `i`th.
+    fn owner(&self, row: usize, i: usize) -> usize {
+        let shares = |(rows, pages): &&(Vec<usize>, usize)| rows.contains(&row) && i < *pages;
+        self.shared.iter().find(shares).map_or(row, |(rows, _)| rows[0])
+    }
+
+    /// In lots of `size`, as an engine has them, with two lots more that are not there.
+    fn lots(&self, r: &Rig, size: usize, decode_rows: usize) -> SharedPrefixes {
+        let (mut rows, mut tokens, mut covered) = (vec![], vec![], vec![0; decode_rows]);
+        for (together, pages) in self.shared {
+            for lot in together.chunks(size).filter(|lot| lot.len() > 1) {
+                tokens.push((pages * self.page_size) as i32);
+                rows.extend((0..size).map(|i| lot.get(i).map_or(-1, |row| *row as i32)));
+                lot.iter().for_each(|row| covered[*row] = (pages * self.page_size) as i32);
+            }
+        }
+        rows.extend(vec![-1; 2 * size]);
+        tokens.extend([0, 0]);
+        SharedPrefixes {
+            rows: r.ints(&rows, &[tokens.len(), size]),
+            tokens: r.ints(&tokens, &[tokens.len()]),
+            covered: r.ints(&covered, &[decode_rows]),
+        }
+    }
+}
+
+#[test]
+fn rope_and_attention() {
+    let h = |q, kv, dim| Heads { q, kv, dim };
+    let mixed: &[(usize, usize)] = &[(0, 1), (37, 1), (700, 1), (0, 77), (50, 33), (3, 2)];
+    for mut r in rigs("attention") {
+        for heads in [
+            h(4, 2, 64),
+            h(5, 1, 80),
+            h(6, 2, 96),
+            h(16, 8, 128),
+            h(40, 8, 128),
+            h(2, 1, 256),
+            h(8, 8, 64),
+            h(32, 2, 64),
+        ] {
+            for (page_size, window, soft_cap) in [
+                (1, None, None),
+                (16, None, None),
+                (16, Some(40), None),
+                (64, None, Some(2.0)),
+                (8, Some(40), None),
+                (3, Some(7), None),
+            ] {
+                let case = Case { heads, page_size, rows: mixed, window, soft_cap, shared: &[] };
+                attention_case(&mut r, &case);
+            }
+        }
+        let many: &[(usize, usize)] = &[(1500, 1); 20];
+        let short: Vec<(usize, usize)> = (0..300).map(|i| (i % 41, 1)).collect();
+        for rows in [many, &short, &[(1000, 1)]] {
+            for heads in [h(4, 2, 128), h(10, 2, 128), h(24, 2, 64)] {
+                let case =
+                    Case { heads, page_size: 16, rows, window: None, soft_cap: None, shared: &[] };
+                attention_case(&mut r, &case);
+            }
+        }
+    }
+}
+
+/// Rows that share a prefix, read once for several of them (`--attn auto,cascade`).
+#[test]
+fn decodes_over_shared_prefixes() {
+    if rigs("shared prefixes").is_empty() {
+        return;
+    }
+    let h = |q, kv, dim| Heads { q, kv, dim };
+    for heads in [h(16, 8, 128), h(10, 2, 128), h(8, 1, 64), h(3, 3, 64), h(8, 2, 256)] {
+        for page_size in [16, 64] {
+            let kernels = "auto,cascade".parse().unwrap();
+            let attention = Some(ModelAttention { kernels, heads, hidden: 0, inner: 0, page_size });
+            let precision = Precision::Native;
+            let backend = match CudaBackend::new(CudaOptions { device: 0, precision, attention }) {
+                Ok(backend) => backend,
+                // Cards that do not have the kernel.
+                Err(BackendError::Unsupported(why)) => {
+                    eprintln!("shared prefixes: skipped: {why}");
+                    return;
+                }
+                Err(error) => panic!("{error}"),
+            };
+            let seed = 1 + page_size as u64 + heads.q as u64;
+            let mut r = Rig { b: backend, rng: Rng(seed) };
+            let size = r.b.prefix_rows_max(heads);
+            assert_eq!(size, 16 / (heads.q / heads.kv));
+            shared_cases(&mut r, heads, page_size);
+        }
+    }
+}
+
+fn shared_cases(r: &mut Rig, heads: Heads, page_size: usize) {
+    // Two prefixes, one of many rows and one of two; rows of which one has no token of its own but the
+    // new one, rows that share nothing; and behind the decodes prompts.
+    let mut rows: Vec<(usize, usize)> = (0..19).map(|i| (128 + i * 13, 1)).collect();
+    rows.extend([(0, 1), (640 + 3, 1), (700, 1), (640, 1), (0, 77), (50, 33)]);
+    let many = (0..19).filter(|row| *row != 7).collect();
+    let mixed = [(many, 128 / page_size), (vec![20, 22], 640 / page_size)];
+    // A batch that fills the card, and one prefix for all of it.
+    let full: Vec<(usize, usize)> = (0..130).map(|i| (192 + i % 50, 1)).collect();
+    let whole = [((0..130).collect(), 192 / page_size)];
+    // Few rows, so that units are spread over many blocks.
+    let few = [(960 + 100, 1), (960 + 1, 1), (960 + 333, 1)];
+    let three = [(vec![0, 1, 2], 960 / page_size)];
+    let mut run = |rows, window, soft_cap, shared| {
+        attention_case(r, &Case { heads, page_size, rows, window, soft_cap, shared });
+    };
+    for soft_cap in [None, Some(2.0)] {
+        // A window is another kernel's, whatever is shared.
+        for window in [None, Some(40)] {
+            run(&rows, window, soft_cap, &mixed);
+        }
+    }
+    run(&full, None, None, &whole);
+    run(&few, None, None, &three);
+}
+
+/// Where a case's tokens are.
+struct Layout<'a> {
+    case: &'a Case<'a>,
+    dtype: DType,
+    /// `[slots, pages a row]`; slots are the rows in reverse order.
+    table: Vec<i32>,
+    pages_a_row: usize,
+    /// Page 0 is nobody's.
+    pages: usize,
+    /// Each row's first token, and at the end how many there are.
+    start: Vec<i32>,
+    /// Of each token.
+    owner: Vec<usize>,
+    positions: Vec<i32>,
+    store_at: Vec<i32>,
+}
+
+impl<'a> Layout<'a> {
+    fn new(case: &'a Case<'a>, dtype: DType) -> Self {
+        let rows = case.rows.len();
+        let len = |row: usize| case.rows[row].0 + case.rows[row].1;
+        let pages_a_row = (0..rows).map(len).max().unwrap().div_ceil(case.page_size);
+        let mut layout = Self {
+            case,
+            dtype,
+            table: vec![0; rows * pages_a_row],
+            pages_a_row,
+            pages: 1,
+            start: vec![0],
+            owner: vec![],
+            positions: vec![],
+            store_at: vec![],
+        };
+        for row in 0..rows {
+            // A row's last page comes first; behind its pages the table names page 0.
+            for i in (0..len(row).div_ceil(case.page_size)).rev() {
+                let place = layout.entry(row, i);
+                layout.table[place] = match case.owner(row, i) {
+                    owner if owner != row => layout.table[layout.entry(owner, i)],
+                    _ => layout.pages as i32,
+                };
+                layout.pages = layout.pages.max(layout.table[place] as usize + 1);
+            }
+            for position in case.rows[row].0..len(row) {
+                layout.store_at.push(layout.at(row, position));
+                layout.positions.push(position as i32);
+                layout.owner.push(row);
+            }
+            layout.start.push(layout.owner.len() as i32);
+        }
+        layout
+    }
+
+    fn tokens(&self) -> usize {
+        self.owner.len()
+    }
+
+    fn entry(&self, row: usize, i: usize) -> usize {
+        (self.case.rows.len() - 1 - row) * self.pages_a_row + i
+    }
+
+    /// `page · page size + offset`.
+    fn at(&self, row: usize, position: usize) -> i32 {
+        let size = self.case.page_size;
+        self.table[self.entry(row, position / size)] * size as i32 + (position % size) as i32
+    }
+
+    fn kv_shape(&self) -> [usize; 4] {
+        [self.pages, self.case.heads.kv, self.case.page_size, self.case.heads.dim]
+    }
+
+    /// The bytes that a KV head has in K or V for the token at `at`.
+    fn bytes(&self, at: i32, kv_head: usize) -> Range<usize> {
+        let (Case { heads: Heads { kv, dim, .. }, page_size, .. }, at) = (*self.case, at as usize);
+        let index = (at / page_size * kv + kv_head) * page_size + at % page_size;
+        let size = self.dtype.bytes_of(dim).unwrap();
+        index * size..(index + 1) * size
+    }
+
+    fn batch(&self, r: &Rig) -> Batch {
+        let Case { rows, page_size, heads, .. } = *self.case;
+        let (count, tokens) = (rows.len(), self.tokens());
+        let kv_len: Vec<i32> = rows.iter().map(|x| (x.0 + x.1) as i32).collect();
+        let decode_rows = rows.iter().take_while(|x| x.1 == 1).count();
+        let lot_size = r.b.prefix_rows_max(heads);
+        Batch {
+            rows: count,
+            tokens,
+            decode_rows,
+            slots: r.ints(&(0..count as i32).rev().collect::<Vec<_>>(), &[count]),
+            query_start: r.ints(&self.start, &[count + 1]),
+            kv_len: r.ints(&kv_len, &[count]),
+            positions: r.ints(&self.positions, &[tokens]),
+            store_at: r.ints(&self.store_at, &[tokens]),
+            page_table: r.ints(&self.table, &[count, self.pages_a_row]),
+            page_size,
+            kv_len_max: kv_len.iter().copied().max().unwrap() as usize,
+            extend_len_max: rows.iter().map(|x| x.1).max().unwrap(),
+            host: Some(Arc::new(HostBatch { query_start: self.start.clone(), kv_len })),
+            shared: (lot_size > 1).then(|| self.case.lots(r, lot_size, decode_rows)),
+        }
+    }
+
+    /// Norm and rotation of all heads of q and k in `qkv`, `[tokens, width]`.
+    fn rotate(&self, qkv: &mut [f64], [q_norm, k_norm]: [&[f64]; 2], angles: &[f64], r: &Rig) {
+        let Heads { q, kv, dim } = self.case.heads;
+        for (token, &position) in qkv.chunks_mut(self.case.heads.qkv_width()).zip(&self.positions) {
+            let (cosines, sines) = angles[position as usize * dim..][..dim].split_at(dim / 2);
+            for (head, x) in token.chunks_mut(dim).take(q + kv).enumerate() {
+                let n = normed(x, if head < q { q_norm } else { k_norm }, dim, 1e-6);
+                for i in 0..dim / 2 {
+                    let (low, high) = (n[i], n[i + dim / 2]);
+                    x[i] = r.round(low * cosines[i] - high * sines[i]);
+                    x[i + dim / 2] = r.round(high * cosines[i] + low * sines[i]);
+                }
+            }
+        }
+    }
+
+    /// Each token's K or V, whose heads begin at `first_head` in `qkv`, to its place in `pages`.
+    fn store(&self, qkv: &[f64], first_head: usize, pages: &mut [u8]) {
+        let Heads { kv, dim, .. } = self.case.heads;
+        for (token, &at) in qkv.chunks(self.case.heads.qkv_width()).zip(&self.store_at) {
+            for (kv_head, x) in token.chunks(dim).skip(first_head).take(kv).enumerate() {
+                pages[self.bytes(at, kv_head)].copy_from_slice(&bytes_of(self.dtype, x));
+            }
+        }
+    }
+
+    /// `[tokens, q heads, dim]`, from `qkv` and pages that are as the operations before leave them.
+    fn attend(&self, qkv: &[f64], pages: [&[u8]; 2]) -> Vec<f64> {
+        let Heads { q, kv, .. } = self.case.heads;
+        // Of each row and KV head: [its tokens, q heads of the group, dim].
+        let parts: Vec<Vec<f64>> = (0..self.case.rows.len() * kv)
+            .into_par_iter()
+            .map(|i| self.attend_group(i / kv, i % kv, qkv, pages))
+            .collect();
+        let width = q / kv * self.case.heads.dim;
+        let groups = (0..self.tokens()).flat_map(|token| {
+            let row = self.owner[token];
+            let from = (token - self.start[row] as usize) * width;
+            parts[row * kv..][..kv].iter().map(move |part| &part[from..from + width])
+        });
+        groups.flatten().copied().collect()
+    }
+
+    fn attend_group(&self, row: usize, kv_head: usize, qkv: &[f64], pages: [&[u8]; 2]) -> Vec<f64> {
+        let Case { heads: Heads { q, kv, dim }, window, soft_cap, .. } = *self.case;
+        let (cached, extend) = self.case.rows[row];
+        let [keys, values] = pages.map(|pages| {
+            let of_position =
+                |position| numbers(self.dtype, &pages[self.bytes(self.at(row, position), kv_head)]);
+            (0..cached + extend).flat_map(of_position).collect::<Vec<_>>()
+        });
+        let score = |q: &[f64], k: &[f64]| {
+            let s = q.iter().zip(k).map(|(q, k)| q * k).sum::<f64>() / (dim as f64).sqrt();
+            soft_cap.map_or(s, |cap| f64::from(cap) * (s / f64::from(cap)).tanh())
+        };
+        let mut out = vec![];
+        for token in 0..extend {
+            let seen = cached + token + 1;
+            let seen = window.map_or(0, |window| seen.saturating_sub(window)) * dim..seen * dim;
+            let all_heads = &qkv[(self.start[row] as usize + token) * (q + 2 * kv) * dim..];
+            for q in all_heads.chunks(dim).skip(kv_head * q / kv).take(q / kv) {
+                let scores = keys[seen.clone()].chunks(dim).map(|k| score(q, k)).collect();
+                out.extend(softmax_product(scores, &values[seen.clone()]));
+            }
+        }
+        out
+    }
+
+    /// The card's pages hold `want`: nearly, where tokens were stored, and elsewhere what they held
+    /// before, to the bit.
+    fn check_pages(&self, r: &Rig, what: &str, pages: &Tensor, want: &[u8]) {
+        let mut bytes = r.b.download(pages).unwrap().wait().unwrap();
+        let (mut stored, mut expected) = (vec![], vec![]);
+        for &at in &self.store_at {
+            for kv_head in 0..self.case.heads.kv {
+                let range = self.bytes(at, kv_head);
+                stored.extend(numbers(self.dtype, &bytes[range.clone()]));
+                expected.extend(numbers(self.dtype, &want[range.clone()]));
+                bytes[range.clone()].copy_from_slice(&want[range]);
+            }
+        }
+        r.close(what, &stored, &expected);
+        assert!(bytes == want, "{what}: changed where nothing was stored");
+    }
+}
+
+/// `softmax(scores) · values`, where `values` is `[scores, dim]`.
+fn softmax_product(mut scores: Vec<f64>, values: &[f64]) -> Vec<f64> {
+    let top = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    scores.iter_mut().for_each(|s| *s = (*s - top).exp());
+    let sum: f64 = scores.iter().sum();
+    let mut out = vec![0.0; values.len() / scores.len()];
+    for (s, v) in scores.iter().zip(values.chunks(out.len())) {
+        out.iter_mut().zip(v).for_each(|(out, v)| *out += s / sum * v);
+    }
+    out
+}
+
+/// Random K or V, as the card has it: a hundred thousand numbers again and again, which are no whole number
+/// of heads, so that no two tokens are alike.
+fn random_pages(r: &mut Rig, shape: &[usize]) -> Vec<u8> {
+    const SOME: usize = 100_003;
+    let (count, dtype) = (shape.iter().product::<usize>(), r.b.activation_dtype());
+    let mut bytes = bytes_of(dtype, &r.rng.many(SOME)).repeat(count.div_ceil(SOME));
+    bytes.truncate(dtype.bytes_of(count).unwrap());
+    bytes
+}
+
+/// `[positions, dim]`: cosines, then sines.
+fn rope_table(positions: usize, dim: usize) -> Vec<f64> {
+    let angle =
+        |position: usize, i: usize| position as f64 * 10000f64.powf(-2.0 * i as f64 / dim as f64);
+    (0..positions * 2)
+        .flat_map(|i| {
+            let function = if i % 2 == 0 { f64::cos } else { f64::sin };
+            (0..dim / 2).map(move |column| function(angle(i / 2, column)))
+        })
+        .collect()
+}
+
+fn attention_case(r: &mut Rig, case: &Case<'_>) {
+    let Case { heads, page_size, window, soft_cap, .. } = *case;
+    let Heads { q, kv, dim } = heads;
+    let layout = Layout::new(case, r.b.activation_dtype());
+    let (tokens, width) = (layout.tokens(), heads.qkv_width());
+    let shape = layout.kv_shape();
+    let fresh = [random_pages(r, &shape), random_pages(r, &shape)];
+    let pages = KvLayer { k: r.put_bytes(&fresh[0], &shape), v: r.put_bytes(&fresh[1], &shape) };
+    let (fresh_qkv, in_place) = r.tensor(&[tokens, width]);
+    let [(q_norm, qn), (k_norm, kn)] = [r.vector(dim), r.vector(dim)];
+    let [qn, kn] = [qn, kn].map(|weight| Norm { weight, eps: 1e-6, plus_one: false });
+    let batch = layout.batch(r);
+    let angles = rope_table(batch.kv_len_max, dim);
+    let rope = r.f32s(&angles).reshape(&[batch.kv_len_max, dim]);
+    let (batch, scale) = (&batch, (1.0 / (dim as f64).sqrt()) as f32);
+    let store =
+        RopeStore { batch, heads, q_norm: Some(&qn), k_norm: Some(&kn), rope: &rope, kv: &pages };
+    let attention = Attention { batch, heads, kv: &pages, scale, window, soft_cap };
+
+    // The same on the host.
+    let (mut qkv, [mut k, mut v]) = (fresh_qkv.clone(), fresh.clone());
+    layout.rotate(&mut qkv, [&q_norm, &k_norm], &angles, r);
+    layout.store(&qkv, q, &mut k);
+    layout.store(&qkv, q + kv, &mut v);
+    let want = layout.attend(&qkv, [&k, &v]);
+
+    let what = format!("{heads:?} page {page_size} window {window:?} cap {soft_cap:?}");
+    r.b.rope_store(&store, &in_place).unwrap();
+    layout.check_pages(r, &format!("k {what}"), &pages.k, &k);
+    layout.check_pages(r, &format!("v {what}"), &pages.v, &v);
+    for _ in 0..2 {
+        let out = r.out(&[tokens, q * dim]);
+        r.b.attention(&attention, &in_place, &out).unwrap();
+        r.close(&format!("attention {what}"), &r.get(&out), &want);
+    }
+    // The decode rows as prefill rows must say the same.
+    let out = r.out(&[tokens, q * dim]);
+    let prefill = Batch { decode_rows: 0, ..batch.clone() };
+    r.b.attention(&Attention { batch: &prefill, ..attention }, &in_place, &out).unwrap();
+    r.close(&format!("attention as prefill {what}"), &r.get(&out), &want);
+
+    // Both operations at once, also from a graph.
+    r.b.upload(&fresh[0], &pages.k).unwrap();
+    r.b.upload(&fresh[1], &pages.v).unwrap();
+    let (input, out) = (r.put(&fresh_qkv, &[tokens, width]), r.out(&[tokens, q * dim]));
+    r.b.rope_attention(&store, &attention, &input, &out).unwrap();
+    r.close(&format!("rope and attention {what}"), &r.get(&out), &want);
+    layout.check_pages(r, &format!("k of both {what}"), &pages.k, &k);
+    layout.check_pages(r, &format!("v of both {what}"), &pages.v, &v);
+    let (input, out) = (r.put(&fresh_qkv, &[tokens, width]), r.out(&[tokens, q * dim]));
+    let graph = r.b.capture(&mut || r.b.rope_attention(&store, &attention, &input, &out)).unwrap();
+    graph.unwrap().launch().unwrap();
+    r.close(&format!("rope and attention in a graph {what}"), &r.get(&out), &want);
+}
