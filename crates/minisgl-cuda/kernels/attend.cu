@@ -179,7 +179,7 @@ attend(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
     wait_for_previous();
 
     share_residual(b, r, x, squares, residual_here);
-    copies_wait<0>();
+    wait_for_copies<0>();
     named_barrier(1, THREADS);
     barrier_wait_for_cluster(residual_here, 0);
     float *all_sums = (float *)(memory + sums);
@@ -306,7 +306,7 @@ attend(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
         float share = to < 0 ? 0.f : 1.f / weight;
         *(uint2 *)(memory + attended + row * STRIDE(GROUP * DIM) + value * 2) = make_uint2(pack(sum.x * share, sum.y * share), pack(sum.z * share, sum.w * share));
     }
-    copies_wait<0>();
+    wait_for_copies<0>();
     named_barrier(1, THREADS);
     add_later<SECOND>(b, r, memory + second, memory + attended, GROUP * DIM, all_sums, a.part);
 }

@@ -1,10 +1,11 @@
 // What every kernel file starts with. No header of the toolkit is included: NVRTC alone compiles
 // this. `T` is the type of activations: `bf16`, or `float` in the exact mode.
 //
-// Every kernel calls `let_next_start()` first: its successor may be launched as soon as all of its own
-// blocks run (programmatic dependent launch). And every thread calls `wait_for_previous()` before it
-// touches anything that an earlier kernel writes or reads; only loads of weights stand before that
-// call. A kernel is done when its last thread is, so that this orders it behind all before it.
+// Every kernel calls `let_next_start()` first (`wide.cu` when it asks for its last weights): its successor
+// may be launched as soon as all of its own blocks have (programmatic dependent launch). And every thread
+// calls `wait_for_previous()` before it touches anything that an earlier kernel writes or reads; only loads
+// of weights stand before that call. A kernel is done when its last thread is, so that this orders it behind
+// all before it.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -112,4 +113,17 @@ __device__ __forceinline__ uint4 load_once(const void *address) {
     asm volatile("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
                  : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(address) : "memory");
     return x;
+}
+
+// 16 bytes on their way to shared memory, past L1 and registers; zeros where there are none to copy. Rows of
+// some hundred bytes come faster so than by the bulk copy engine, which takes its time for each of its copies.
+__device__ __forceinline__ void copy_16(u32 to, const void *from, bool there = true) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
+                 :: "r"(to), "l"(from), "r"(there ? 16 : 0) : "memory");
+}
+// Ends a group of a thread's copies, maybe of none.
+__device__ __forceinline__ void end_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits until at most `PENDING` of the thread's groups are under way: the last ones.
+template <int PENDING> __device__ __forceinline__ void wait_for_copies() {
+    asm volatile("cp.async.wait_group %0;" :: "n"(PENDING) : "memory");
 }

@@ -65,7 +65,7 @@ __device__ __forceinline__ void fetch_rows(u32 to, int count, int k, Row row) {
         const bf16 *from = row(i);
         for (int at = threadIdx.x % 32 * 8; at < k; at += 256) copy_16(to + i * STRIDE(k) + at * 2, from + at);
     }
-    copies_commit();
+    end_copies();
 }
 // Sends for rows of `bytes` bytes each.
 template <typename Row>

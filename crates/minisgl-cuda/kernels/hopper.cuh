@@ -64,16 +64,6 @@ __device__ __forceinline__ void prefetch_near(const void *from) {
 __device__ __forceinline__ void prefetch_line(const void *from) {
     asm volatile("prefetch.global.L2 [%0];" :: "l"(from) : "memory");
 }
-// 16 bytes into shared memory, by the thread itself and not by the copy engine, which takes some 60 cycles for
-// each of its copies, however short. A thread's copies are there once it has waited for all but its last
-// `PENDING` groups of them.
-__device__ __forceinline__ void copy_16(u32 to, const void *from) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"(to), "l"(from) : "memory");
-}
-__device__ __forceinline__ void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int PENDING> __device__ __forceinline__ void copies_wait() {
-    asm volatile("cp.async.wait_group %0;" :: "n"(PENDING) : "memory");
-}
 __device__ __forceinline__ void prefetch_map(const TensorMap &map) {
     asm volatile("prefetch.tensormap [%0];" :: "l"(&map) : "memory");
 }
@@ -109,6 +99,10 @@ __device__ __forceinline__ u32 address_in(u32 address, int rank) {
     u32 there;
     asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
     return there;
+}
+// Arrives at another block's barrier.
+__device__ __forceinline__ void barrier_arrive_there(u32 barrier_there) {
+    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" :: "r"(barrier_there) : "memory");
 }
 // To another block's memory; its barrier counts the bytes.
 __device__ __forceinline__ void send(u32 there, u32 barrier_there, float a, float b, float c, float d) {

@@ -41,7 +41,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mlp(const Args a) {
     wait_for_previous();
 
     share_residual(b, r, x, squares, residual_here);
-    copies_wait<1>();
+    wait_for_copies<1>();
     named_barrier(1, THREADS);
     barrier_wait_for_cluster(residual_here, 0);
     multiply<FIRST>(memory, memory + x, r.hidden, sums, [] { named_barrier(1, THREADS); });
@@ -58,7 +58,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mlp(const Args a) {
         }
         send_to_all(b, valid, mid + row * STRIDE(a.inner) + (b.rank * mine + n) * 2, mid_here, value);
     }
-    copies_wait<0>();
+    wait_for_copies<0>();
     named_barrier(1, THREADS);
     barrier_wait_for_cluster(mid_here, 0);
     add_later<SECOND>(b, r, memory + second, memory + mid, a.inner, sums, a.part);

@@ -22,6 +22,7 @@ use crate::half_layer::{Pending, half_layer_variants};
 use crate::kernels::{Kernels, Module};
 use crate::staging::Staging;
 use crate::weights::tensor;
+use crate::wide::wide_variants;
 
 /// How to open a card.
 #[derive(Clone, Copy, Debug)]
@@ -95,9 +96,10 @@ impl CudaBackend {
         }
         if let Some(attention) = attention {
             modules.extend(attention.modules(card));
-            if card.fuses_layers() && attention.hidden > 0 {
-                let ModelAttention { heads, hidden, inner, .. } = *attention;
+            let ModelAttention { heads, hidden, inner, .. } = *attention;
+            if card.fuses_layers() && hidden > 0 {
                 modules.extend(half_layer_variants(heads, hidden, inner, device.multiprocessors));
+                modules.extend(wide_variants(hidden, heads.q * heads.dim, inner));
             }
         }
         kernels.prepare(&modules)?;

@@ -20,7 +20,7 @@ pub(crate) struct Device {
     /// Its memory is the host's, which can give more than is free: what files are cached in, above all.
     pub(crate) integrated: bool,
     /// The most shared memory that a block may have.
-    shared_max: i32,
+    pub(crate) shared_max: i32,
     /// The group of ranks that this card belongs to: then waiting for it has a time limit.
     pub(crate) group: OnceLock<Arc<Group>>,
 }

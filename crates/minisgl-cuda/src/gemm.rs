@@ -78,7 +78,7 @@ impl Gemm {
                     .ok_or_else(|| fail("cuBLASLt has no algorithm for this shape"))?
             }
             _ => {
-                let algorithm = self.choose(&plan, product)?;
+                let algorithm = self.choose(&plan, product, shape)?;
                 self.algorithms.insert(shape, algorithm);
                 algorithm
             }
@@ -91,9 +91,26 @@ impl Gemm {
         )
     }
 
-    /// Times the heuristic's candidates, on a stream, a workspace and into an output of their own.
-    fn choose(&self, plan: &Plan, product: &Product<'_>) -> Result<sys::cublasLtMatmulAlgo_t> {
-        let candidates = self.candidates(plan)?;
+    /// Times the heuristic's candidates with as many rows as the choice is for, on a stream, a workspace and
+    /// into an output of their own.
+    fn choose(
+        &self,
+        asked: &Plan,
+        product: &Product<'_>,
+        shape: Shape,
+    ) -> Result<sys::cublasLtMatmulAlgo_t> {
+        let x = match product.rows == shape.m {
+            true => None,
+            false => Some(self.device.alloc(shape.m * shape.k * product.w.dtype().block_bytes())?),
+        };
+        let x_address = x.as_ref().map_or(product.x, |x| x.address());
+        let product = &Product { x: x_address, rows: shape.m, ..*product };
+        let plan = &Plan::new(product, shape)?;
+        let mut candidates = self.candidates(plan)?;
+        candidates.retain(|candidate| self.fits(asked, candidate));
+        if candidates.is_empty() {
+            candidates = self.candidates(asked)?;
+        }
         let mut stopwatch = self.stopwatch.lock().map_err(|_| fail("the stopwatch is poisoned"))?;
         if stopwatch.is_none() {
             *stopwatch = Some(Stopwatch::new(&self.device)?);

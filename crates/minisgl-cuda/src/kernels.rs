@@ -20,6 +20,7 @@ pub enum Module {
     Elementwise,
     Gemv,
     Stream,
+    Wide,
     Narrow,
     Attention,
     Decode,
@@ -38,6 +39,9 @@ impl Module {
             Module::Gemv => include_str!("../kernels/gemv.cu"),
             Module::Stream => {
                 concat!(include_str!("../kernels/hopper.cuh"), include_str!("../kernels/stream.cu"))
+            }
+            Module::Wide => {
+                concat!(include_str!("../kernels/hopper.cuh"), include_str!("../kernels/wide.cu"))
             }
             Module::Narrow => {
                 concat!(include_str!("../kernels/hopper.cuh"), include_str!("../kernels/narrow.cu"))

@@ -13,14 +13,17 @@ use crate::weights::tensor;
 pub(crate) const GEMV_ROWS_MAX: usize = 16;
 const GEMV_ELEMENTS_MAX: usize = 16 << 20;
 /// The same for `stream.cu`: rows of this many elements, whatever their number. With Qwen3-14B's, of
-/// 5,120 and more, it reads at 85% of what the memory gives, and cuBLASLt at more.
-const STREAM_ROW_MAX: usize = 4096;
+/// 5,120 and more, it reads at 85% of what the memory gives: `wide.cu` takes those.
+pub(crate) const STREAM_ROW_MAX: usize = 4096;
 
 impl CudaBackend {
     pub(crate) fn linear_op(&self, a: &Linear<'_>, out: &Tensor) -> Result<()> {
         let rows = a.x.dim(0);
         if self.prefers_gemv(a) {
             return self.gemv(a, None, out);
+        }
+        if self.prefers_wide(a) {
+            return self.wide(a, None, out);
         }
         if self.prefers_narrow(a, false, out) {
             return self.narrow(a, None, out);
@@ -57,6 +60,9 @@ impl CudaBackend {
         let (rows, inner) = (a.x.dim(0), out.row_len());
         if self.prefers_gemv(a) {
             return self.gemv(a, Some(activation), out);
+        }
+        if self.prefers_wide(a) {
+            return self.wide(a, Some(activation), out);
         }
         if self.prefers_narrow(a, true, out) {
             return self.narrow(a, Some(activation), out);

@@ -92,6 +92,13 @@ fn kernels_compile_without_spills() {
                 check(Module::Gemv, &defines, arch, false, true);
             }
         }
+        for (gated, norm) in [(0, 0), (0, 1), (1, 1)].into_iter().filter(|_| arch != "sm_80") {
+            for stages in [8, 16] {
+                let defines =
+                    [("GATED", gated), ("NORM", norm), ("OUT_F32", 0), ("STAGES", stages)];
+                check(Module::Wide, &defines, arch, false, true);
+            }
+        }
     }
 }
 

@@ -188,6 +188,16 @@ fn linear_and_norms() {
             (49, 4112, 200),
             (57, 17936, 136),
             (64, 1024, 3072),
+            // Long rows of weights, x in one block, in two and in four; ends of k of all kinds.
+            (1, 1000, 4104),
+            (1, 264, 17408),
+            (2, 1104, 8200),
+            (3, 520, 5120),
+            (4, 72, 17408),
+            (8, 264, 17408),
+            (8, 2160, 5120),
+            (13, 136, 6152),
+            (16, 72, 17408),
         ] {
             // Products that two kernels can take are taken by both.
             let ways = [Products::Library, Products::Own];
