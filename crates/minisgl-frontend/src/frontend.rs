@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::{self, JoinHandle};
 
 use anyhow::{Context, Result};
-use minisgl_scheduler::engine::{Engine, EngineLimits};
+use minisgl_scheduler::engine::{Engine, EngineError, EngineLimits};
 use minisgl_scheduler::message::{Command, NewRequest, Output, Refusal, RequestId};
 use minisgl_scheduler::{Scheduler, SchedulerOptions, SchedulerStats};
 use minisgl_text::TextModel;
@@ -95,7 +95,9 @@ impl Frontend {
                 };
                 let scheduler = Scheduler::new(engine, options.scheduler, commands_received, sink);
                 let _ = stats_sender.send(scheduler.stats());
-                scheduler.run().map_err(|error| error.to_string())
+                // Whoever has been told of it finds the engine unhealthy.
+                let record = |error: &EngineError| drop(failure.failure.set(error.to_string()));
+                scheduler.run_until_failed(record).map_err(|error| error.to_string())
             }));
             let ended = ended.unwrap_or_else(|panic| Err(panic_message(&*panic)));
             if let Err(reason) = ended {
@@ -331,7 +333,13 @@ impl Frontend {
 
     /// Waits until the engine has ended, after `drain`, `shutdown` or a failure.
     pub fn join(&self) {
-        let mut threads = self.0.threads.lock().unwrap_or_else(PoisonError::into_inner);
+        self.0.join();
+    }
+}
+
+impl Inner {
+    fn join(&self) {
+        let mut threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
         for thread in threads.drain(..) {
             // What panicked there was said there.
             let _ = thread.join();
@@ -340,8 +348,11 @@ impl Frontend {
 }
 
 impl Drop for Inner {
+    /// Waits for the engine's end: a process that ended meanwhile would take the driver's library down
+    /// under it.
     fn drop(&mut self) {
         let _ = self.commands.send(Command::Shutdown);
+        self.join();
     }
 }
 

@@ -3,7 +3,7 @@
 mod tiny;
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use minisgl_frontend::{
@@ -11,9 +11,10 @@ use minisgl_frontend::{
     Usage,
 };
 use minisgl_scheduler::SchedulerOptions;
-use minisgl_scheduler::engine::EngineLimits;
+use minisgl_scheduler::engine::{Engine, EngineError, EngineLimits};
 use minisgl_scheduler::fake::{FakeEngine, FakeOptions, NextToken};
 use minisgl_scheduler::message::{FinishReason, Refusal};
+use minisgl_scheduler::plan::{StepPlan, StepResult};
 use minisgl_scheduler::sampling::SamplingParams;
 
 fn limits() -> EngineLimits {
@@ -226,6 +227,49 @@ fn a_failing_engine_answers_everybody_and_says_so() {
     assert!(!frontend.is_healthy());
     assert!(matches!(frontend.submit(request("x", 1)), Err(SubmitError::Unhealthy(_))));
     assert_eq!(frontend.in_flight(), 0);
+}
+
+/// An engine that takes its time to end, as one on a GPU does, and says when it has.
+struct EndsSlowly(FakeEngine, Arc<AtomicBool>);
+
+impl Engine for EndsSlowly {
+    type InFlight = <FakeEngine as Engine>::InFlight;
+
+    fn launch(&mut self, plan: Arc<StepPlan>) -> Result<Self::InFlight, EngineError> {
+        self.0.launch(plan)
+    }
+
+    fn wait(&mut self, in_flight: Self::InFlight) -> Result<StepResult, EngineError> {
+        self.0.wait(in_flight)
+    }
+
+    fn limits(&self) -> EngineLimits {
+        self.0.limits()
+    }
+}
+
+impl Drop for EndsSlowly {
+    fn drop(&mut self) {
+        std::thread::sleep(Duration::from_millis(300));
+        self.1.store(true, Relaxed);
+    }
+}
+
+#[test]
+fn an_engine_that_ends_slowly_is_unhealthy_at_once_and_waited_for() {
+    let options = FakeOptions { limits: limits(), fail_at: Some(3), ..FakeOptions::default() };
+    let ended = Arc::new(AtomicBool::new(false));
+    let engine = EndsSlowly(FakeEngine::new(options), Arc::clone(&ended));
+    let options = FrontendOptions { scheduler: SchedulerOptions::default() };
+    let frontend = Frontend::start(engine, tiny::text_model(), options).unwrap();
+    let mut long = request("x", 100);
+    long.params.ignore_eos = true;
+    let answer = read_one(frontend.submit(long).unwrap());
+    assert!(matches!(answer.reason, FinishReason::Error(_)), "{answer:?}");
+    assert!(!frontend.is_healthy(), "whoever has been told knows");
+    assert!(!ended.load(Relaxed), "the engine is still ending");
+    drop(frontend);
+    assert!(ended.load(Relaxed), "its end is waited for");
 }
 
 #[test]

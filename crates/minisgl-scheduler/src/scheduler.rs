@@ -122,10 +122,22 @@ impl<E: Engine, S: OutputSink> Scheduler<E, S> {
     ///
     /// # Errors
     /// If the engine fails. Its requests have ended with `FinishReason::Error` then.
-    pub fn run(mut self) -> Result<(), EngineError> {
+    pub fn run(self) -> Result<(), EngineError> {
+        self.run_until_failed(|_| ())
+    }
+
+    /// As `run`; `failed` learns of the engine's failure before any request does.
+    ///
+    /// # Errors
+    /// As `run`.
+    pub fn run_until_failed(
+        mut self,
+        failed: impl FnOnce(&EngineError),
+    ) -> Result<(), EngineError> {
         let served = self.serve();
         if let Err(error) = &served {
             tracing::error!("{error}");
+            failed(error);
             self.end_all(&FinishReason::Error(Arc::clone(&error.0)));
         }
         self.draining = true;
