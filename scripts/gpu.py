@@ -4,7 +4,7 @@
 `scripts/gpu_build.sh` makes what this runs. Each PART can be run by itself:
 
   tests        operations, collectives, and every tiny checkpoint on one card, two ranks included
-  memcheck     operations under compute-sanitizer, likewise racecheck
+  memcheck     operations and half layers under compute-sanitizer, likewise racecheck
   racecheck
   faults       a kernel that traps, a refused launch, no memory in flight and at start
   start        process start to ready, with an empty and with a filled kernel cache
@@ -150,12 +150,14 @@ class Bench:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            start_new_session=True,
         )
         try:
             out, errors = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired as late:
             self.log.write(stacks(process.pid))
-            process.kill()
+            # With all that it has started: a sanitizer runs the program.
+            os.killpg(process.pid, signal.SIGKILL)
             self.log.write("".join(process.communicate()))
             raise Failed(f"{name} was not done in {timeout} s") from late
         self.written = out + errors
@@ -216,14 +218,15 @@ class Bench:
         self.sanitize("racecheck")
 
     def sanitize(self, tool):
-        """The operations only: kernels that wait for each other do not run one after the other, as
-        the sanitizer has it."""
+        """Operations and half layers, but not collectives: kernels that wait for each other do not run
+        one after the other, as the sanitizer has it."""
         found = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
         if not os.path.exists(found):
             raise Failed("compute-sanitizer is not there")
         prefix = [found, "--tool", tool, "--error-exitcode", "9"]
         started = time.time()
-        self.run("ops", "--test-threads=1", prefix=prefix, timeout=590)
+        for name in ["ops", "half_layers"]:
+            self.run(name, "--test-threads=1", prefix=prefix, timeout=590)
         seconds = round(time.time() - started, 1)
         self.row(f"  {tool:<12} clean  {seconds:>6.1f} s")
         self.keep(tool, {"clean": True, "seconds": seconds})
@@ -548,8 +551,8 @@ def stacks(process):
     """Where a process's threads are, if there is a program that tells."""
     if not shutil.which("eu-stack"):
         return "no eu-stack (elfutils) to tell where it hangs\n"
-    asked = ["eu-stack", "-p", str(process)]
-    return subprocess.run(asked, capture_output=True, text=True, timeout=60).stdout
+    asked = ["timeout", "60", "eu-stack", "-p", str(process)]
+    return subprocess.run(asked, capture_output=True, text=True).stdout
 
 
 def stop_thread(process, name):

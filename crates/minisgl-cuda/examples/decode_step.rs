@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use minisgl_cuda::{
-    AttentionKernels, CudaBackend, CudaOptions, DecodeKernel, ModelAttention, Products,
+    AttentionKernels, CudaBackend, CudaOptions, DecodeKernel, ModelShape, Products,
 };
 use minisgl_tensor::*;
 
@@ -99,15 +99,18 @@ fn main() -> Result<()> {
     for shape in SHAPES.iter().filter(|s| every || asked(s.name)) {
         let decode = if asked("cascade") { DecodeKernel::Cascade } else { DecodeKernel::Auto };
         let kernels = AttentionKernels { decode, ..AttentionKernels::default() };
-        let attention = ModelAttention {
+        let attention = ModelShape {
             kernels,
             heads: shape.heads,
             hidden: shape.hidden,
             inner: shape.inner,
+            ranks: 1,
             page_size: PAGE,
         };
         let options = CudaOptions::new(0, Precision::Native);
         let b = CudaBackend::new(CudaOptions { attention: Some(attention), ..options })?;
+        // Operation by operation; half layers are timed beside it.
+        b.set_fused_layers(false);
         if asked("library") {
             b.set_products(Products::Library);
         }
@@ -172,11 +175,14 @@ fn bench<'a>(
             let mut step =
                 Step { batch: Batch { host: None, ..step.batch.clone() }, ..step.share() };
             step.batch.kv_len_max = 4096;
+            let before = b.fused_halves();
             model.forward(&step, ALL)?;
             b.synchronize()?;
-            let graph = b.capture(&mut || model.forward(&step, ALL))?.expect("CUDA has graphs");
-            let time = median(b, 30, || graph.launch())?;
-            println!("     | {time:.3} with half a layer in one kernel");
+            if b.fused_halves() > before {
+                let graph = b.capture(&mut || model.forward(&step, ALL))?.expect("CUDA has graphs");
+                let time = median(b, 30, || graph.launch())?;
+                println!("     | {time:.3} with half a layer in one kernel");
+            }
             b.set_fused_layers(false);
         }
     }

@@ -3,9 +3,9 @@
 //
 // Every kernel calls `let_next_start()` first (`wide.cu` when it asks for its last weights): its successor
 // may be launched as soon as all of its own blocks have (programmatic dependent launch). And every thread
-// calls `wait_for_previous()` before it touches anything that an earlier kernel writes or reads; only loads
-// of weights stand before that call. A kernel is done when its last thread is, so that this orders it behind
-// all before it.
+// calls `wait_for_previous()` before it touches anything that an earlier kernel writes or reads. Only loads of
+// weights stand before that call and, in a graph, those of lengths, pages and older tokens, which no kernel of
+// the graph writes. A kernel is done when its last thread is, so that this orders it behind all before it.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -107,14 +107,6 @@ __device__ __forceinline__ uint4 load_weights(const void *address) {
                  : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(address));
     return x;
 }
-// 16 bytes that an earlier kernel wrote.
-__device__ __forceinline__ uint4 load_once(const void *address) {
-    uint4 x;
-    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(address) : "memory");
-    return x;
-}
-
 // 16 bytes on their way to shared memory, past L1 and registers; zeros where there are none to copy. Rows of
 // some hundred bytes come faster so than by the bulk copy engine, which takes its time for each of its copies.
 __device__ __forceinline__ void copy_16(u32 to, const void *from, bool there = true) {

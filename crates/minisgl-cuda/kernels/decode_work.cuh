@@ -1,6 +1,6 @@
 // How `decode.cu` divides a step's rows between blocks, and fetches a block's tiles.
 
-// With 8 warps in all, a thread can have the registers that heads of 256 take, and on 10.0 all heads.
+// With 9 warps in all, a thread can have the registers that heads of 256 take, and on 10.0 all heads.
 #define WARPS (DIM <= 128 && __CUDA_ARCH__ < 1000 ? 8 : 6)
 // One thread names a tile in some 0.3 µs, in which an H200's memory gives a block more than one. On 10.0
 // there are registers for one such warp.

@@ -1,5 +1,5 @@
-// Half a decoder layer in one kernel, for up to 8 rows of one token each on compute capability 9.0:
-// what `attend.cu` and `mlp.cu` have in common.
+// Half a decoder layer in one kernel, for up to 8 rows of one token each on compute capability 9.0 (and 10.0,
+// where nobody has run it): what `attend.cu` and `mlp.cu` have in common.
 //
 // A step of few rows reads its weights in a fraction of the time that its kernels wait for one another.
 // So a layer is two kernels, and inside them blocks meet through each other's shared memory, not

@@ -1,6 +1,6 @@
-// What only compute capability 9.0 has: barriers that count bytes, copies of tiles by the bulk copy
-// engine, and products of four warps. Semantics: PTX ISA, "Asynchronous Warpgroup Level Matrix
-// Instructions" and "Asynchronous copy".
+// What compute capability 9.0 has brought: barriers that count bytes, copies of tiles by the bulk copy
+// engine, and products of four warps, which only 9.0 has. Semantics: PTX ISA, "Asynchronous Warpgroup
+// Level Matrix Instructions" and "Asynchronous copy".
 
 struct __align__(128) TensorMap { u64 opaque[16]; };
 

@@ -43,7 +43,7 @@ typedef T O;
 
 struct Args {
     const bf16 *x; const bf16 *w; const float *norm; const float *bias; O *out;
-    int rows, n_total, k_total, blocks, lead, add_to, gelu;
+    int rows, n_total, k_total, blocks, add_to, gelu;
     float eps, shift;
 };
 
@@ -97,11 +97,11 @@ struct Ahead {
         if (unit >= p.units) tile = p.tiles;
         turn(a, p);
     }
-    // To the rows of this tile. The next kernel may start `lead` tiles before the end: if its copies came
+    // To the rows of this tile. The next kernel may start with the copies of the last one: if its copies came
     // before this one's, memory would rest later, when it waits for this one's results.
     __device__ __forceinline__ void turn(const Args &a, const Part &p) {
         int lane = threadIdx.x & 31;
-        if (threadIdx.x < 32 && tile + a.lead * p.clusters >= p.tiles) let_next_start();
+        if (threadIdx.x < 32 && tile + p.clusters >= p.tiles) let_next_start();
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             int n = min(tile * 8 + i * 4 + lane / 8, a.n_total - 1);
@@ -333,7 +333,7 @@ __device__ __forceinline__ void finish(const Args &a, const Part &p, const Share
     }
 }
 
-// Few enough registers that the next product's blocks find room beside this one's.
+// With as few registers as two blocks on a multiprocessor would leave: what was measured.
 extern "C" __global__ void __launch_bounds__(32 * (WARPS + 1), 2) wide(const Args a) {
     extern __shared__ __align__(128) unsigned char memory[];
     __shared__ u64 barriers[3 + 2 * SLOTS];

@@ -13,7 +13,7 @@ use minisgl_tensor::{
     Sample, Tensor, Weight,
 };
 
-use crate::choice::{AttentionKernels, Card, ModelAttention};
+use crate::choice::{AttentionKernels, Card, ModelShape};
 use crate::clock::Clock;
 use crate::device::{Arg, Device, Function, Launch, args, driver, fail};
 use crate::fault::Fault;
@@ -33,7 +33,7 @@ pub struct CudaOptions {
     pub precision: Precision,
     /// The model's attention: its kernels are compiled with the others. Without it the fastest that can
     /// run are compiled when they are first needed.
-    pub attention: Option<ModelAttention>,
+    pub attention: Option<ModelShape>,
 }
 
 impl CudaOptions {
@@ -48,8 +48,8 @@ impl CudaOptions {
 pub enum Products {
     /// cuBLASLt, whatever the number of rows.
     Library,
-    /// Those of up to 16 rows `kernels/stream.cu` or `gemv.cu`, of 17 to 64 rows `kernels/narrow.cu`, each
-    /// where it is faster, and cuBLASLt the others.
+    /// Those of up to 16 rows `kernels/stream.cu` or `gemv.cu`, of up to 8 with long rows of weights
+    /// `wide.cu`, of 17 to 64 `narrow.cu`, each where it is faster, and cuBLASLt the others.
     #[default]
     Own,
 }
@@ -96,10 +96,12 @@ impl CudaBackend {
         }
         if let Some(attention) = attention {
             modules.extend(attention.modules(card));
-            let ModelAttention { heads, hidden, inner, .. } = *attention;
-            if card.fuses_layers() && hidden > 0 {
+            let ModelShape { heads, hidden, inner, ranks, .. } = *attention;
+            if card.fuses_layers() && ranks == 1 && hidden > 0 {
                 modules.extend(half_layer_variants(heads, hidden, inner, device.multiprocessors));
-                modules.extend(wide_variants(hidden, heads.q * heads.dim, inner));
+            }
+            if card.fuses_layers() {
+                modules.extend(wide_variants(hidden, heads.q * heads.dim / ranks, inner / ranks));
             }
         }
         kernels.prepare(&modules)?;
@@ -211,7 +213,7 @@ impl CudaBackend {
             Some(most) => *most,
             None => {
                 let most = self.device.clusters_at_once(function, shape)?;
-                tracing::info!(most, wanted, blocks = shape.cluster, "clusters at once");
+                tracing::debug!(most, wanted, blocks = shape.cluster, "clusters at once");
                 *asked.entry(function).or_insert(most)
             }
         };

@@ -88,18 +88,19 @@ impl fmt::Display for AttentionKernels {
     }
 }
 
-/// What attends in the model that a backend will run.
+/// What the model that a backend will run asks of it, as far as kernels are chosen and compiled for it.
 #[derive(Clone, Copy, Debug)]
-pub struct ModelAttention {
+pub struct ModelShape {
     /// Which kernels.
     pub kernels: AttentionKernels,
     /// The model's heads.
     pub heads: Heads,
-    /// Width of the residual stream and features inside of an MLP, where one rank has all of them: then
-    /// half a layer may be one kernel. Else 0.
+    /// Width of the residual stream; 0 where it is not known.
     pub hidden: usize,
-    /// See `hidden`.
+    /// Features inside of an MLP.
     pub inner: usize,
+    /// Among how many heads and inner features are divided.
+    pub ranks: usize,
     /// Tokens in a page.
     pub page_size: usize,
 }
@@ -129,7 +130,7 @@ impl Card {
     }
 }
 
-impl ModelAttention {
+impl ModelShape {
     /// # Errors
     /// If kernels were asked for by name that the card, the heads or the pages do not allow.
     pub(crate) fn check(&self, card: Card) -> Result<()> {
@@ -202,17 +203,17 @@ mod tests {
         }
     }
 
-    fn model(kernels: &str, q: usize, kv: usize, dim: usize, page_size: usize) -> ModelAttention {
+    fn model(kernels: &str, q: usize, kv: usize, dim: usize, page_size: usize) -> ModelShape {
         let heads = Heads { q, kv, dim };
         let kernels = kernels.parse().unwrap();
-        ModelAttention { kernels, heads, hidden: 0, inner: 0, page_size }
+        ModelShape { kernels, heads, hidden: 0, inner: 0, ranks: 1, page_size }
     }
 
     const H200: Card = Card { exact: false, capability: (9, 0) };
 
     #[test]
     fn the_kernels_of_a_model_are_known_before_it_runs() {
-        let names = |model: ModelAttention, card: Card| -> Vec<String> {
+        let names = |model: ModelShape, card: Card| -> Vec<String> {
             let modules = model.modules(card);
             modules.iter().map(|(module, defines)| format!("{module:?} {defines:?}")).collect()
         };

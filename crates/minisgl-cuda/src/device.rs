@@ -173,8 +173,7 @@ impl Device {
         group.wait(|| ready("cuEventQuery", unsafe { sys::cuEventQuery(event) }))
     }
 
-    /// Lets a kernel be launched with all the shared memory that a block can have, and in clusters of
-    /// more than 8 blocks.
+    /// Lets a kernel be launched with all the shared memory that a block can have.
     pub(crate) fn allow_shared(&self, function: Function) -> Result<()> {
         use sys::CUfunction_attribute as A;
         // SAFETY: `function` belongs to a module that is never unloaded.
@@ -184,14 +183,6 @@ impl Device {
                 A::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES,
             )
             .map_err(|e| driver("cuFuncGetAttribute", e))?;
-            if self.capability.0 >= 9 {
-                result::function::set_function_attribute(
-                    function.0,
-                    A::CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED,
-                    1,
-                )
-                .map_err(|e| driver("cuFuncSetAttribute", e))?;
-            }
             result::function::set_function_attribute(
                 function.0,
                 A::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,

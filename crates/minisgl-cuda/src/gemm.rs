@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex};
 
 use cudarc::cublaslt::{result as lt, sys};
 use cudarc::driver::sys::CUstream;
-use minisgl_tensor::{DType, Memory, Result, Tensor};
+use minisgl_tensor::{BackendError, DType, Memory, Result, Tensor};
 
 use crate::device::{Device, DeviceMemory, fail};
 use crate::tuning::{Algorithms, Shape, Stopwatch};
@@ -72,16 +72,17 @@ impl Gemm {
             // Timing takes memory, which the driver may give only when the other ranks' cards rest, and
             // they may be waiting for this one. Where a graph is recorded, nothing runs.
             _ if self.device.group.get().is_some() && !self.device.is_capturing()? => {
-                let candidates = self.candidates(&plan)?;
-                *candidates
-                    .first()
-                    .ok_or_else(|| fail("cuBLASLt has no algorithm for this shape"))?
+                self.first_candidate(&plan)?
             }
-            _ => {
-                let algorithm = self.choose(&plan, product, shape)?;
-                self.algorithms.insert(shape, algorithm);
-                algorithm
-            }
+            _ => match self.choose(&plan, product, shape) {
+                Ok(algorithm) => {
+                    self.algorithms.insert(shape, algorithm);
+                    algorithm
+                }
+                // What is left beside the KV pool may not do for timing.
+                Err(BackendError::OutOfMemory { .. }) => self.first_candidate(&plan)?,
+                Err(error) => return Err(error),
+            },
         };
         self.enqueue(
             &plan,
@@ -132,6 +133,12 @@ impl Gemm {
         }
         best.map(|(_, algorithm)| algorithm)
             .ok_or_else(|| fail("cuBLASLt has no algorithm for this shape"))
+    }
+
+    /// What the heuristic would take.
+    fn first_candidate(&self, plan: &Plan) -> Result<sys::cublasLtMatmulAlgo_t> {
+        let candidates = self.candidates(plan)?;
+        candidates.first().copied().ok_or_else(|| fail("cuBLASLt has no algorithm for this shape"))
     }
 
     fn candidates(&self, plan: &Plan) -> Result<Vec<sys::cublasLtMatmulAlgo_t>> {

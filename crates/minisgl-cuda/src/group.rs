@@ -102,7 +102,8 @@ impl Group {
     }
 
     /// A rank that holds no graphs any more goes. With the last one NCCL's communicators have ended: a
-    /// process that ended meanwhile would have NCCL taken down under them.
+    /// process that ended meanwhile would have NCCL taken down under them. An engine that has failed does
+    /// not wait that long for its ranks.
     pub(crate) fn leave(&self) {
         if self.present.fetch_sub(1, Ordering::SeqCst) > 1 {
             return;

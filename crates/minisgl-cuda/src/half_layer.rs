@@ -1,13 +1,14 @@
 //! Half a decoder layer in one kernel, for decode steps of few rows: `kernels/half_layer.cuh` says how.
 //!
 //! Such a kernel leaves parts of what it adds to the residual stream, one a cluster, and the next one
-//! adds them up as it reads. In between the stream is elsewhere than the engine thinks, so every other
-//! operation that reads or writes activations settles it first.
+//! adds them up as it reads. In between the stream is elsewhere than the engine thinks, so what else reads or
+//! writes it settles it first: norms, products, gathers, copies. A new step's `embed` writes it all, what
+//! follows a product reads what that has settled, and several ranks do not take half layers.
 
 use minisgl_tensor::{Activation, AttentionLayer, DType, Heads, Mlp, Norm, Result, Tensor};
 
 use crate::attention::page_matrix;
-use crate::backend::{CudaBackend, norm_args};
+use crate::backend::{CudaBackend, Products, norm_args};
 use crate::device::{Launch, address_of, args};
 use crate::kernels::{Key, Module};
 use crate::weights::tensor;
@@ -293,6 +294,7 @@ impl CudaBackend {
     fn can_fuse(&self, hidden: &Tensor, clusters: usize) -> bool {
         self.fuses()
             && self.card().fuses_layers()
+            && self.products() == Products::Own
             && hidden.dim(0) <= ROWS
             && clusters <= PARTS_MAX
             && clusters * CLUSTER <= self.device.multiprocessors

@@ -39,7 +39,7 @@ mod weights;
 mod wide;
 
 pub use backend::{CudaBackend, CudaOptions, Products};
-pub use choice::{AttentionKernels, DecodeKernel, ModelAttention, PrefillKernel};
+pub use choice::{AttentionKernels, DecodeKernel, ModelShape, PrefillKernel};
 pub use collective::{GroupOptions, Transport, group};
 pub use device::devices;
 pub use kernels::{Module, compile};

@@ -23,6 +23,9 @@ pub(crate) struct Shape {
     pub(crate) exact: bool,
 }
 
+/// Changes when what was found before shall be found anew.
+const FORM: usize = 2;
+
 /// The fastest algorithms so far.
 pub(crate) struct Algorithms {
     known: Mutex<HashMap<Shape, cublasLtMatmulAlgo_t>>,
@@ -35,7 +38,7 @@ impl Algorithms {
     pub(crate) fn open(card: &str, library: usize) -> Self {
         let card: String =
             card.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect();
-        let file = cache_dir().map(|dir| dir.join(format!("cublaslt-{library}-{card}.txt")));
+        let file = cache_dir().map(|dir| dir.join(format!("cublaslt-{FORM}-{library}-{card}.txt")));
         let text = file.as_ref().and_then(|file| std::fs::read_to_string(file).ok());
         let known = text.iter().flat_map(|text| text.lines()).filter_map(parse).collect();
         Self { known: Mutex::new(known), file }

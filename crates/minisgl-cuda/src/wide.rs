@@ -28,10 +28,6 @@ const BLOCKS: [usize; 4] = [1, 2, 4, 8];
 /// were slower (h200-operations.md).
 const SHARED_BYTES: usize = 226 << 10;
 
-/// How many tiles before a block's last copy the next kernel may start, so that its first copies follow:
-/// earlier ones would leave the memory idle while its blocks wait for this kernel's results.
-const LEAD: i32 = 1;
-
 /// As `Args` in the kernel.
 #[repr(C)]
 struct Args {
@@ -44,7 +40,6 @@ struct Args {
     n: i32,
     k: i32,
     blocks: i32,
-    lead: i32,
     add: i32,
     gelu: i32,
     eps: f32,
@@ -68,7 +63,7 @@ impl Division {
         let (blocks, stages) = Self::ring(rows, k, gated)?;
         // Clusters of more than two do not fill an H200: its multiprocessors come in lots of 16 or 18.
         let most = if blocks > 2 { multiprocessors * 10 / 11 } else { multiprocessors } / blocks;
-        let tiles = n.div_ceil(8);
+        let (most, tiles) = (most.max(1), n.div_ceil(8));
         // All clusters walk as many tiles, so that all end at about the same time.
         let clusters = tiles.div_ceil(tiles.div_ceil(most));
         let ring = WARPS * stages * STAGE_BYTES;
@@ -133,7 +128,6 @@ impl CudaBackend {
             n: n as i32,
             k: k as i32,
             blocks: d.blocks as i32,
-            lead: LEAD,
             add: i32::from(a.store == Store::Add),
             gelu: i32::from(gated == Some(Activation::GeluTanh)),
             eps,

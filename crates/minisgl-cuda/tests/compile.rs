@@ -58,12 +58,14 @@ fn kernels_compile_without_spills() {
             let defines = [("DIM", dim), ("HALVES", 2), ("CASCADE", 1)];
             check(Module::Decode, &defines, arch, false, dim < 256);
         }
-        for (dim, group) in [(128, 2), (64, 2), (128, 6)].into_iter().filter(|_| arch != "sm_80") {
+        for (dim, group) in
+            [(128, 2), (64, 2), (128, 6), (64, 10)].into_iter().filter(|_| arch != "sm_80")
+        {
             let defines = [
                 ("CLUSTER", 8),
                 ("DIM", dim),
                 ("GROUP", group),
-                ("HALVES", 1),
+                ("HALVES", (group + 7) / 8),
                 ("FIRST", (group + 2) * dim / 128),
                 ("SECOND", 8),
             ];
@@ -93,9 +95,9 @@ fn kernels_compile_without_spills() {
             }
         }
         for (gated, norm) in [(0, 0), (0, 1), (1, 1)].into_iter().filter(|_| arch != "sm_80") {
-            for stages in [8, 16] {
+            for (stages, out_f32) in [(8, 0), (10, 0), (12, 0), (16, 0), (16, 1)] {
                 let defines =
-                    [("GATED", gated), ("NORM", norm), ("OUT_F32", 0), ("STAGES", stages)];
+                    [("GATED", gated), ("NORM", norm), ("OUT_F32", out_f32), ("STAGES", stages)];
                 check(Module::Wide, &defines, arch, false, true);
             }
         }

@@ -33,7 +33,7 @@ pub struct FrontendOptions {
 }
 
 /// A running engine that takes text and gives text. Clones are one frontend; dropping the last one
-/// aborts what runs.
+/// aborts what runs and waits for the engine's end, which is not for threads that others wait for.
 #[derive(Clone)]
 pub struct Frontend(Arc<Inner>);
 
@@ -97,7 +97,7 @@ impl Frontend {
                 let _ = stats_sender.send(scheduler.stats());
                 // Whoever has been told of it finds the engine unhealthy.
                 let record = |error: &EngineError| drop(failure.failure.set(error.to_string()));
-                scheduler.run_until_failed(record).map_err(|error| error.to_string())
+                scheduler.run_and_tell(record).map_err(|error| error.to_string())
             }));
             let ended = ended.unwrap_or_else(|panic| Err(panic_message(&*panic)));
             if let Err(reason) = ended {

@@ -123,17 +123,14 @@ impl<E: Engine, S: OutputSink> Scheduler<E, S> {
     /// # Errors
     /// If the engine fails. Its requests have ended with `FinishReason::Error` then.
     pub fn run(self) -> Result<(), EngineError> {
-        self.run_until_failed(|_| ())
+        self.run_and_tell(|_| ())
     }
 
     /// As `run`; `failed` learns of the engine's failure before any request does.
     ///
     /// # Errors
     /// As `run`.
-    pub fn run_until_failed(
-        mut self,
-        failed: impl FnOnce(&EngineError),
-    ) -> Result<(), EngineError> {
+    pub fn run_and_tell(mut self, failed: impl FnOnce(&EngineError)) -> Result<(), EngineError> {
         let served = self.serve();
         if let Err(error) = &served {
             tracing::error!("{error}");

@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use minisgl_cpu::{CpuBackend, CpuOptions, cores_of, physical_cores, shared_memory_group};
 use minisgl_cuda::{
-    AttentionKernels, CudaBackend, CudaOptions, GroupOptions, ModelAttention, Transport,
+    AttentionKernels, CudaBackend, CudaOptions, GroupOptions, ModelShape, Transport,
 };
 use minisgl_engine::{Checkpoint, EngineOptions, KvSize, LocalEngine, ModelConfig};
 use minisgl_tensor::{Alone, Backend, Collective, Heads, Precision};
@@ -79,11 +79,12 @@ fn open_ranks(
             let heads = Heads { q: config.q_heads, kv: config.kv_heads, dim: config.head_dim };
             let page_size = options.page_size.unwrap_or(EngineOptions::default().page_size);
             let open = |device| {
-                let attention = Some(ModelAttention {
+                let attention = Some(ModelShape {
                     kernels: options.attn,
                     heads,
-                    hidden: if ranks == 1 { config.hidden_size } else { 0 },
-                    inner: if ranks == 1 { config.intermediate_size } else { 0 },
+                    hidden: config.hidden_size,
+                    inner: config.intermediate_size,
+                    ranks,
                     page_size,
                 });
                 Ok(Arc::new(CudaBackend::new(CudaOptions { device, precision, attention })?))

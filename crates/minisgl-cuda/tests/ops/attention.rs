@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use minisgl_cuda::{CudaBackend, CudaOptions, ModelAttention};
+use minisgl_cuda::{CudaBackend, CudaOptions, ModelShape};
 use minisgl_tensor::*;
 use rayon::prelude::*;
 
@@ -97,7 +97,8 @@ fn decodes_over_shared_prefixes() {
     for heads in [h(16, 8, 128), h(10, 2, 128), h(8, 1, 64), h(3, 3, 64), h(8, 2, 256)] {
         for page_size in [16, 64] {
             let kernels = "auto,cascade".parse().unwrap();
-            let attention = Some(ModelAttention { kernels, heads, hidden: 0, inner: 0, page_size });
+            let attention =
+                Some(ModelShape { kernels, heads, hidden: 0, inner: 0, ranks: 1, page_size });
             let precision = Precision::Native;
             let backend = match CudaBackend::new(CudaOptions { device: 0, precision, attention }) {
                 Ok(backend) => backend,
