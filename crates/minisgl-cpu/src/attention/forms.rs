@@ -32,10 +32,23 @@ pub trait Form<E> {
         group: usize,
         values: [&[E]; LANES],
     );
-    /// Fills `own.scores` for a panel of queries.
-    fn scores<S: Simd>(s: S, own: &mut ThreadScratch, dim: usize, queries: Range<usize>);
-    /// `span.out = span.out · span.factors + scores · values` for a panel of queries.
-    fn add_values<S: Simd>(s: S, own: &mut ThreadScratch, dim: usize, queries: Range<usize>);
+    /// Fills `own.scores` for a panel of queries and the tile's first `groups` groups, an even number.
+    fn scores<S: Simd>(
+        s: S,
+        own: &mut ThreadScratch,
+        dim: usize,
+        groups: usize,
+        queries: Range<usize>,
+    );
+    /// `span.out = span.out · span.factors + scores · values` for the same. Behind these groups all
+    /// weights are 0, and what they are not added to keeps its bits.
+    fn add_values<S: Simd>(
+        s: S,
+        own: &mut ThreadScratch,
+        dim: usize,
+        groups: usize,
+        queries: Range<usize>,
+    );
 }
 
 /// f32, from pages of f32 or f16.
@@ -90,11 +103,17 @@ impl<E: Element> Form<E> for Floats {
     }
 
     #[inline(always)]
-    fn scores<S: Simd>(s: S, own: &mut ThreadScratch, dim: usize, queries: Range<usize>) {
+    fn scores<S: Simd>(
+        s: S,
+        own: &mut ThreadScratch,
+        dim: usize,
+        groups: usize,
+        queries: Range<usize>,
+    ) {
         let ThreadScratch { floats, q, scores, .. } = own;
         by_eights!(S, queries.len(), |from, R| {
             let q = array!(R, &[] as &[f32], |r| &q[(queries.start + from + r) * dim..][..dim]);
-            for (keys, scores) in floats.k.chunks_exact(dim).zip(&mut scores.0) {
+            for (keys, scores) in floats.k.chunks_exact(dim).zip(&mut scores.0[..groups]) {
                 let products = plain::<S, f32, R>(s, keys, q);
                 for (r, product) in products.into_iter().enumerate() {
                     s.store(product, &mut scores.0[from + r]);
@@ -104,16 +123,23 @@ impl<E: Element> Form<E> for Floats {
     }
 
     #[inline(always)]
-    fn add_values<S: Simd>(s: S, own: &mut ThreadScratch, dim: usize, queries: Range<usize>) {
+    fn add_values<S: Simd>(
+        s: S,
+        own: &mut ThreadScratch,
+        dim: usize,
+        groups: usize,
+        queries: Range<usize>,
+    ) {
         let ThreadScratch { floats, scores, span, .. } = own;
         let vectors = dim.div_ceil(LANES);
         by_eights!(S, queries.len(), |from, R| {
             let weights = array!(R, [[0.0; LANES]; GROUPS], |r| {
                 array!(GROUPS, [0.0; LANES], |g| scores.0[g].0[from + r])
             });
-            let weights = array!(R, &[] as &[f32], |r| weights[r].as_flattened());
+            let keys = groups * LANES;
+            let weights = array!(R, &[] as &[f32], |r| &weights[r].as_flattened()[..keys]);
             for c in 0..vectors {
-                let products = plain::<S, f32, R>(s, &floats.v[c * TILE..][..TILE], weights);
+                let products = plain::<S, f32, R>(s, &floats.v[c * TILE..][..keys], weights);
                 for (r, product) in products.into_iter().enumerate() {
                     let query = queries.start + from + r;
                     let out = &mut span.out[query * vectors + c];
@@ -223,27 +249,41 @@ impl Form<f16> for Pairs {
     }
 
     #[inline(always)]
-    fn scores<S: Simd>(s: S, own: &mut ThreadScratch, dim: usize, queries: Range<usize>) {
+    fn scores<S: Simd>(
+        s: S,
+        own: &mut ThreadScratch,
+        dim: usize,
+        groups: usize,
+        queries: Range<usize>,
+    ) {
         let ThreadScratch { pairs: PairScratch { k: [high, low], q, sums, .. }, scores, .. } = own;
         let across = dim.div_ceil(32);
         let panel = &q[queries.start / PANEL * PARTS * across..][..PARTS * across];
         let keys = high.chunks_exact(across * 16).zip(low.chunks_exact(across * 16));
-        for (keys, scores) in keys.zip(&mut scores.0) {
+        for (keys, scores) in keys.zip(&mut scores.0[..groups]) {
             pairs(s, unit(s), panel, keys, sums, &mut scores.0[..queries.len()]);
         }
     }
 
     #[inline(always)]
-    fn add_values<S: Simd>(s: S, own: &mut ThreadScratch, _: usize, queries: Range<usize>) {
+    fn add_values<S: Simd>(
+        s: S,
+        own: &mut ThreadScratch,
+        _: usize,
+        groups: usize,
+        queries: Range<usize>,
+    ) {
         let ThreadScratch { pairs: own, scores, span, .. } = own;
         let PairScratch { v: [high, low], weights, products, sums, .. } = own;
+        let weights = &mut weights[..PARTS * groups / 2];
         for lane in 0..queries.len() {
             let row = array!(GROUPS, [0.0; LANES], |g| scores.0[g].0[lane]);
-            split(row.as_flattened(), lane, weights);
+            split(&row.as_flattened()[..groups * LANES], lane, weights);
         }
         let values = high.chunks_exact(TILE / 2).zip(low.chunks_exact(TILE / 2));
-        let vectors = values.len();
-        for (values, products) in values.zip(&mut *products) {
+        let (vectors, lines) = (values.len(), groups * LANES / 2);
+        for ((high, low), products) in values.zip(&mut *products) {
+            let values = (&high[..lines], &low[..lines]);
             pairs(s, unit(s), weights, values, sums, &mut products.0[..queries.len()]);
         }
         for (lane, query) in queries.enumerate() {

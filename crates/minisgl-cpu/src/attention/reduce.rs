@@ -77,6 +77,25 @@ impl State {
     }
 }
 
+/// Where a tile's keys, and its values, begin in their pages.
+struct Places {
+    at: [usize; TILE],
+    keys: usize,
+}
+
+impl Places {
+    /// Groups of sixteen keys, with those that are empty beside others: values are multiplied by pairs
+    /// of groups.
+    fn groups(&self) -> usize {
+        self.keys.div_ceil(2 * LANES) * 2
+    }
+
+    fn of(&self, group: usize) -> &[usize] {
+        let end = self.keys.min((group + 1) * LANES);
+        self.at.get(group * LANES..end).unwrap_or(&[])
+    }
+}
+
 /// Reduces an item's spans, with products of the form `F` and pages of `E`.
 pub struct Reduce<'a, F, E> {
     pub step: &'a Step<'a>,
@@ -110,31 +129,42 @@ impl<'a, F: Form<E>, E: Pod> Reduce<'a, F, E> {
         }
     }
 
-    /// `N` rows of `pages` from position `first` on; from position `end` on they are empty.
+    /// Where the tile of keys from position `first` on lies; from position `end` on there are none.
     #[inline(always)]
-    fn rows<const N: usize>(&self, pages: &'a [E], first: usize, end: usize) -> [&'a [E]; N] {
+    fn places(&self, first: usize, end: usize) -> Places {
         let (batch, heads) = (self.step.args.batch, self.step.args.heads);
         let slot = self.step.slots[self.item.row] as usize;
         let table = &self.step.table[slot * batch.page_table.dim(1)..];
         let size = batch.page_size;
+        let mut places = Places { at: [0; TILE], keys: TILE.min(end.saturating_sub(first)) };
         let (mut index, mut offset) = (first / size, first % size);
-        let mut rows: [&[E]; N] = [&[]; N];
-        for row in &mut rows[..N.min(end.saturating_sub(first))] {
+        for at in &mut places.at[..places.keys] {
             let page = table[index] as usize * heads.kv + self.item.kv_head;
-            *row = &pages[(page * size + offset) * heads.dim..][..heads.dim];
+            *at = (page * size + offset) * heads.dim;
             offset += 1;
             if offset == size {
                 (index, offset) = (index + 1, 0);
             }
         }
+        places
+    }
+
+    /// A group's rows of `pages`. Those behind the last key are empty.
+    #[inline(always)]
+    fn rows(&self, pages: &'a [E], places: &Places, group: usize) -> [&'a [E]; LANES] {
+        let mut rows: [&[E]; LANES] = [&[]; LANES];
+        for (row, &at) in rows.iter_mut().zip(places.of(group)) {
+            *row = &pages[at..][..self.step.args.heads.dim];
+        }
         rows
     }
 
-    /// Fetches what a tile is made of. Its rows lie in pieces too short for the processor to foresee.
+    /// Fetches what a group is made of. Its rows lie in pieces too short for the processor to foresee.
     #[inline(always)]
-    fn fetch<S: Simd>(&self, s: S, first: usize, end: usize) {
-        for pages in [self.keys, self.values] {
-            for row in self.rows::<TILE>(pages, first, end) {
+    fn fetch<S: Simd>(&self, s: S, places: &Places, group: usize) {
+        for &at in places.of(group) {
+            for pages in [self.keys, self.values] {
+                let row = &pages[at..][..self.step.args.heads.dim];
                 for line in bytemuck::cast_slice::<E, u8>(row).chunks(64) {
                     s.will_read(&line[0], 0);
                 }
@@ -142,18 +172,30 @@ impl<'a, F: Form<E>, E: Pod> Reduce<'a, F, E> {
         }
     }
 
-    /// The tile of keys from position `first` on, for all queries.
+    /// The tile of keys from position `first` on, for all queries. Meanwhile `next` is fetched, a group
+    /// at a time, as only so many lines can be on their way at once.
     #[inline(always)]
-    fn tile<S: Simd>(&mut self, s: S, first: usize, end: usize) {
-        let (dim, queries) = (self.step.args.heads.dim, self.item.tokens * self.step.group());
-        for group in 0..GROUPS {
-            let at = first + group * LANES;
-            F::turn_keys(s, self.own, dim, group, self.rows(self.keys, at, end));
-            F::lay_values(s, self.own, dim, group, self.rows(self.values, at, end));
+    fn tile<S: Simd>(&mut self, s: S, first: usize, places: &Places, next: &Places) {
+        let dim = self.step.args.heads.dim;
+        for group in 0..places.groups() {
+            self.fetch(s, next, group);
+            F::turn_keys(s, self.own, dim, group, self.rows(self.keys, places, group));
+            F::lay_values(s, self.own, dim, group, self.rows(self.values, places, group));
         }
+        // Whole tiles have code of their own, whose loops are of known lengths.
+        match places.groups() {
+            GROUPS => self.products(s, first, GROUPS),
+            few => self.products(s, first, few),
+        }
+    }
+
+    /// The products of all queries with the `groups` groups that are laid out.
+    #[inline(always)]
+    fn products<S: Simd>(&mut self, s: S, first: usize, groups: usize) {
+        let (dim, queries) = (self.step.args.heads.dim, self.item.tokens * self.step.group());
         for panel in (0..queries).step_by(PANEL) {
             let queries = panel..queries.min(panel + PANEL);
-            F::scores(s, self.own, dim, queries.clone());
+            F::scores(s, self.own, dim, groups, queries.clone());
             for query in queries.clone() {
                 let position = self.item.position + query / self.step.group();
                 let ThreadScratch { scores, span, .. } = &mut *self.own;
@@ -165,7 +207,7 @@ impl<'a, F: Form<E>, E: Pod> Reduce<'a, F, E> {
                 span.factors[query] = factor;
                 span.sum[query] = span.sum[query] * factor + sum;
             }
-            F::add_values(s, self.own, dim, queries);
+            F::add_values(s, self.own, dim, groups, queries);
         }
     }
 }
@@ -181,13 +223,14 @@ impl<F: Form<E>, E: Pod> Kernel for Reduce<'_, F, E> {
         F::begin(s, self.own, step.args.heads.dim, queries);
         self.own.total.reset(queries, vectors);
         let last = ((item.first_span + item.spans) * SPAN).min(item.position + item.tokens);
-        self.fetch(s, item.first_span * SPAN, last);
+        let mut next = self.places(item.first_span * SPAN, last);
+        (0..next.groups()).for_each(|group| self.fetch(s, &next, group));
         for span in item.first_span..item.first_span + item.spans {
             self.own.span.reset(queries, vectors);
             let end = ((span + 1) * SPAN).min(item.position + item.tokens);
             for first in (span * SPAN..end).step_by(TILE) {
-                self.fetch(s, first + TILE, last);
-                self.tile(s, first, end.min(first + TILE));
+                let places = std::mem::replace(&mut next, self.places(first + TILE, last));
+                self.tile(s, first, &places, &next);
             }
             let ThreadScratch { span, total, .. } = &mut *self.own;
             total.merge((&span.max, &span.sum, &span.out));
