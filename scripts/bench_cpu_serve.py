@@ -9,13 +9,16 @@ A round starts each server in turn, with two threads, and measures
 - a closed loop of 8 streaming chats at once, 32 in all: about 200 tokens in, of which 150 are the same in
   all, 128 tokens out, greedy (`minisgl bench serve`).
 
+Says so where others took more than 4 % of the processors during a load (Linux): its rates are then too low.
 The file is read once before, so that it is in the page cache. Prints medians, and the medians of the
 rounds' ratios with the lowest and the highest. Needs nothing but Python's own library.
 """
 
 import argparse
 import json
+import os
 import pathlib
+import resource
 import statistics
 import subprocess
 import time
@@ -44,6 +47,19 @@ def has_first_token():
     return False
 
 
+def seconds_of_others(server):
+    """Of all processors, those that neither the server nor a child that has ended used; 0 if unknown."""
+    try:
+        times = list(map(int, pathlib.Path("/proc/stat").read_text().split("\n")[0].split()[1:9]))
+        own = pathlib.Path(f"/proc/{server}/stat").read_text().rsplit(")", 1)[1].split()[11:13]
+    except OSError:
+        return 0.0
+    idle = times[3] + times[4]
+    ticks = sum(times) - idle - sum(map(int, own))
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return ticks / os.sysconf("SC_CLK_TCK") - ended.ru_utime - ended.ru_stime
+
+
 def measure(minisgl, command):
     begun = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -53,9 +69,14 @@ def measure(minisgl, command):
                 raise SystemExit(f"{command[0]} has ended with {process.returncode}")
             time.sleep(0.005)
         started = time.monotonic() - begun
+        used, begun = seconds_of_others(process.pid), time.monotonic()
         answer = subprocess.check_output(
             [minisgl, "bench", "serve", "--base-url", URL, "--json", *LOAD],
             stderr=subprocess.DEVNULL)
+        used, took = seconds_of_others(process.pid) - used, time.monotonic() - begun
+        if used > 0.04 * took * os.cpu_count():
+            share = used / took / os.cpu_count()
+            print(f"{pathlib.Path(command[0]).name}: others took {share:.0%} of the processors")
         load = json.loads(answer)
         assert load["output_tokens"] == load["answered"] * 128, load
         if load["failed"]:
