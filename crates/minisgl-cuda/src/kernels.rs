@@ -11,7 +11,8 @@ use minisgl_tensor::Result;
 
 use crate::device::{Device, Function, driver, fail};
 
-const COMMON: &str = include_str!("../kernels/common.cuh");
+const COMMON: &str =
+    concat!(include_str!("../kernels/common.cuh"), include_str!("../kernels/ptx.cuh"));
 
 /// A kernel file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -1,0 +1,63 @@
+//! The kernels whose threads wait for one another in the most ways, against f64, without a card: C++ that
+//! takes their sources as they are runs them on the machine of `emulator/machine.h`. Needs a C++ compiler.
+
+#![cfg(target_os = "linux")]
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use rayon::prelude::*;
+
+/// Orders of what happens at once, and inputs. Enough that a wait which is missing shows.
+const SEEDS: [&str; 4] = ["1", "2", "3", "4"];
+
+/// Programs of `emulator`, and what the kernel is specialised by.
+const PROGRAMS: [(&str, &[(&str, i32)]); 9] = [
+    ("attend", &[("DIM", 128), ("GROUP", 2), ("SECOND", 2)]),
+    ("attend", &[("DIM", 64), ("GROUP", 12), ("SECOND", 2)]),
+    ("decode", &[("DIM", 128), ("GROUP", 2), ("CASCADE", 0)]),
+    ("decode", &[("DIM", 64), ("GROUP", 4), ("CASCADE", 1)]),
+    ("mlp", &[("CLUSTER", 8), ("FIRST", 2), ("SECOND", 4)]),
+    ("mlp", &[("CLUSTER", 8), ("FIRST", 4), ("SECOND", 2)]),
+    ("wide", &[("STAGES", 8), ("NORM", 0), ("GATED", 0), ("OUT_F32", 1)]),
+    ("wide", &[("STAGES", 12), ("NORM", 1), ("GATED", 0), ("OUT_F32", 0)]),
+    ("wide", &[("STAGES", 10), ("NORM", 1), ("GATED", 1), ("OUT_F32", 0)]),
+];
+
+/// Panics with what it printed if it fails.
+fn succeed(command: &mut Command) {
+    let output = command.output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{command:?}: {}\n{said}", output.status);
+}
+
+fn compile(compiler: &str, arguments: &[String], output: &Path) {
+    let crate_folder = Path::new(env!("CARGO_MANIFEST_DIR"));
+    // Kernels read one memory as many types. And `longjmp` from fibre to fibre is what the fortified one
+    // takes for a mistake.
+    let options = ["-std=c++20", "-O2", "-pthread", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE"];
+    let mut command = Command::new(compiler);
+    command.args(options).arg("-I").arg(crate_folder.join("kernels"));
+    succeed(command.args(arguments).arg("-o").arg(output));
+}
+
+#[test]
+fn kernels_are_right_in_whatever_order_their_threads_run() {
+    let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".to_owned());
+    if let Err(error) = Command::new(&compiler).arg("--version").output() {
+        return eprintln!("skipped: no C++ compiler, {compiler}: {error}");
+    }
+    let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/emulator");
+    let source = |name: &str| sources.join(name).with_extension("cpp").display().to_string();
+    let built = PathBuf::from(env!("CARGO_TARGET_TMPDIR"));
+    let machine = built.join("machine.o");
+    compile(&compiler, &["-c".to_owned(), source("machine")], &machine);
+    PROGRAMS.par_iter().enumerate().for_each(|(i, (name, defines))| {
+        let mut arguments: Vec<String> =
+            defines.iter().map(|(name, value)| format!("-D{name}={value}")).collect();
+        arguments.extend([source(name), machine.display().to_string()]);
+        let program = built.join(format!("{name}-{i}"));
+        compile(&compiler, &arguments, &program);
+        succeed(Command::new(&program).args(SEEDS));
+    });
+}

@@ -1,0 +1,79 @@
+// `decode.cu` for heads of DIM in groups of GROUP; CASCADE: for rows that share pages.
+#include "ptx.h"
+
+#define HALVES (CASCADE ? 2 : (GROUP + 7) / 8)
+
+#include "attention_tile.cuh"
+#include "decode_work.cuh"
+#include "decode.cu"
+
+#include "cache.h"
+
+alignas(128) thread_local unsigned char memory[machine::SHARED_BYTES + machine::GUARD_BYTES];
+
+struct Options { int blocks; bool early; Scores scores; };
+
+static void check(const std::vector<int> &lens, const std::vector<Cache::Prefix> &prefixes, Options o) {
+    const int rows = int(lens.size()), q_heads = KV_HEADS * GROUP, width = (q_heads + 2 * KV_HEADS) * DIM;
+    Cache cache(lens, prefixes);
+    auto qkv_later = random_bf16(rows * width, 1.f), qkv = unwritten<bf16>(rows * width);
+    auto out = unwritten<bf16>(rows * q_heads * DIM);
+    auto q_norm = random_floats(DIM, 1.f, 0.1f), k_norm = random_floats(DIM, 1.f, 0.1f);
+    auto partial = unwritten<float>(o.blocks * 2 * 16 * PARTIAL_STRIDE);
+    std::vector<int> arrived((rows + prefixes.size()) * KV_HEADS), joined(rows * KV_HEADS);
+    auto kv_len = o.early ? cache.lens : std::vector<int>(rows);
+    Args args = {
+        .qkv = qkv.data(), .k_pages = cache.k.data(), .v_pages = cache.v.data(), .out = out.data(),
+        .slots = cache.slots.data(), .kv_len = kv_len.data(), .page_table = cache.table.data(), .store_at = cache.store_at.data(),
+        .rope = cache.rope.data(), .q_norm = q_norm.data(), .k_norm = k_norm.data(),
+        .partial = partial.data(), .arrived = arrived.data(),
+        .rows = rows, .pages_a_row = PAGES_A_ROW, .page_shift = PAGE_SHIFT, .q_heads = q_heads, .kv_heads = KV_HEADS,
+        .stages = WARPS, .window = o.scores.window, .early = o.early,
+        .q_eps = 1e-6f, .q_shift = 0.f, .k_eps = 1e-6f, .k_shift = 0.f,
+        .scale = o.scores.scale, .soft_cap = o.scores.soft_cap,
+    };
+#if CASCADE
+    const int lot_size = 16 / GROUP;
+    std::vector<int> lot_rows(prefixes.size() * lot_size, -1), lot_tokens, covered(rows);
+    for (size_t lot = 0; lot < prefixes.size(); lot++) {
+        std::copy(prefixes[lot].rows.begin(), prefixes[lot].rows.end(), lot_rows.begin() + lot * lot_size);
+        lot_tokens.push_back(prefixes[lot].tokens);
+        for (int row : prefixes[lot].rows) covered[row] = prefixes[lot].tokens;
+    }
+    auto halves = unwritten<float>(size_t(rows) * q_heads * 2 * PARTIAL_STRIDE);
+    args.lot_rows = lot_rows.data(), args.lot_tokens = lot_tokens.data(), args.covered = covered.data();
+    args.halves = halves.data(), args.joined = joined.data();
+    args.lots = int(prefixes.size()), args.lot_size = lot_size;
+#endif
+    machine::run({
+        .blocks = o.blocks, .cluster = 1, .threads = 32 * (WARPS + FETCHERS + 1),
+        .memory = [] { return memory; },
+        .previous = [&] { qkv = qkv_later, kv_len = cache.lens, forget(out), forget(partial); },
+        .kernel = [&] { decode(cache.map(cache.k), cache.map(cache.v), args); },
+    });
+    for (int row = 0; row < rows; row++) {
+        std::vector<double> made, got;
+        for (int i = 0; i < width; i++) made.push_back(to_float(qkv_later[row * width + i]));
+        for (int i = 0; i < q_heads * DIM; i++) got.push_back(to_float(out[row * q_heads * DIM + i]));
+        auto want = cache.attend(row, made, q_norm.data(), k_norm.data(), o.scores);
+        if (lens[row] > 0) check_close("attention", got, want);
+    }
+    cache.check_untouched();
+    for (int count : arrived) if (count) fail("counts are left for the next step");
+    for (int count : joined) if (count) fail("joins are left for the next step");
+}
+
+int main(int count, char **seeds) {
+    const float scale = 1.f / sqrtf(DIM);
+    return with_seeds(count, seeds, [&] {
+#if CASCADE
+        check({100, 120, 97, 300, 5, 33}, {{{0, 1, 3}, 96}}, {.blocks = 5, .early = true, .scores = {scale, 0.f, 0}});
+        check({200, 210, 220, 230, 33, 0, 64}, {{{0, 1, 2, 3}, 192}, {{4, 6}, 32}}, {.blocks = 7, .early = false, .scores = {scale, 0.f, 0}});
+        check({577, 900, 577, 20}, {{{0, 1, 2}, 544}}, {.blocks = 12, .early = true, .scores = {scale, 3.f, 0}});
+#else
+        check({1}, {}, {.blocks = 2, .early = true, .scores = {scale, 0.f, 0}});
+        check({100, 33, 0, 300, 16, 17}, {}, {.blocks = 5, .early = true, .scores = {scale, 0.f, 0}});
+        check({700, 90}, {}, {.blocks = 6, .early = false, .scores = {scale, 3.f, 200}});
+#endif
+    });
+}
