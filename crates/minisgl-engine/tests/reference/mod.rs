@@ -4,10 +4,16 @@
 use std::any::Any;
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Barrier, Mutex};
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use minisgl_tensor::*;
+
+mod group;
+mod numbers;
+
+pub use group::group;
+use numbers::{dequantize, gated, matmul, normed};
 
 #[derive(Default)]
 pub struct Reference {
@@ -139,93 +145,6 @@ impl Reference {
         assert_eq!(t.elements(), values.len());
         self.put(t, bytemuck::cast_slice(values));
     }
-}
-
-fn dequantize(t: &HostTensor<'_>) -> Vec<f32> {
-    match t.dtype {
-        DType::F32 => bytemuck::allocation::pod_collect_to_vec(&t.data),
-        DType::BF16 => {
-            t.data.chunks(2).map(|b| half::bf16::from_le_bytes([b[0], b[1]]).to_f32()).collect()
-        }
-        DType::F16 => {
-            t.data.chunks(2).map(|b| half::f16::from_le_bytes([b[0], b[1]]).to_f32()).collect()
-        }
-        // d, then 32 signed bytes (ggml's block_q8_0).
-        DType::Q8_0 => t
-            .data
-            .chunks(34)
-            .flat_map(|b| {
-                let d = half::f16::from_le_bytes([b[0], b[1]]).to_f32();
-                b[2..].iter().map(move |q| d * f32::from(*q as i8)).collect::<Vec<_>>()
-            })
-            .collect(),
-        // d and m, then low and high nibbles (ggml's block_q4_1).
-        DType::Q4_1 => t
-            .data
-            .chunks(20)
-            .flat_map(|b| {
-                let d = half::f16::from_le_bytes([b[0], b[1]]).to_f32();
-                let m = half::f16::from_le_bytes([b[2], b[3]]).to_f32();
-                let low = b[4..].iter().map(move |q| d * f32::from(q & 15) + m);
-                low.chain(b[4..].iter().map(move |q| d * f32::from(q >> 4) + m)).collect::<Vec<_>>()
-            })
-            .collect(),
-        DType::F8E4M3 => {
-            let scale = t.scale.as_ref().expect("scaled");
-            let (cols, [br, bc]) = (t.shape[1], scale.block);
-            let across = cols.div_ceil(bc);
-            t.data
-                .iter()
-                .enumerate()
-                .map(|(i, b)| f8(*b) * scale.values[i / cols / br * across + i % cols / bc])
-                .collect()
-        }
-        other => panic!("the reference knows no {other}"),
-    }
-}
-
-fn f8(b: u8) -> f32 {
-    let (e, m) = (i32::from(b >> 3 & 15), f32::from(b & 7));
-    let v = if e == 0 { m / 8.0 * 2f32.powi(-6) } else { (1.0 + m / 8.0) * 2f32.powi(e - 7) };
-    if b & 128 != 0 { -v } else { v }
-}
-
-fn normed(x: &[f32], norm: &Norm) -> Vec<f32> {
-    let w = norm.weight.get::<Matrix>();
-    let n = w.len();
-    x.chunks(n)
-        .flat_map(|row| {
-            let mean = row.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>() / n as f64;
-            let r = (mean + f64::from(norm.eps)).sqrt().recip();
-            let plus = if norm.plus_one { 1.0 } else { 0.0 };
-            row.iter().zip(w).map(move |(v, w)| (f64::from(*v) * r * (f64::from(*w) + plus)) as f32)
-        })
-        .collect()
-}
-
-/// `[rows, in] × [out, in]ᵀ`.
-fn matmul(x: &[f32], w: &[f32], inner: usize) -> Vec<f32> {
-    let dot = |a: &[f32], b: &[f32]| {
-        a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>() as f32
-    };
-    x.chunks(inner).flat_map(|row| w.chunks(inner).map(move |w| dot(row, w))).collect()
-}
-
-fn act(a: Activation, x: f32) -> f32 {
-    let x = f64::from(x);
-    let y = match a {
-        Activation::Silu => x / (1.0 + (-x).exp()),
-        Activation::GeluTanh => {
-            let c = (2.0 / std::f64::consts::PI).sqrt();
-            0.5 * x * (1.0 + (c * (x + 0.044_715 * x * x * x)).tanh())
-        }
-    };
-    y as f32
-}
-
-fn gated(x: &[f32], a: Activation) -> Vec<f32> {
-    let n = x.len() / 2;
-    (0..n).map(|i| act(a, x[i]) * x[n + i]).collect()
 }
 
 impl Backend for Reference {
@@ -558,68 +477,5 @@ impl Backend for Reference {
 
     fn as_any(&self) -> &dyn Any {
         self
-    }
-}
-
-/// A group of ranks that meet at a barrier and sum in rank order.
-pub struct Group {
-    rank: usize,
-    backend: Arc<Reference>,
-    shared: Arc<Meeting>,
-}
-
-struct Meeting {
-    barrier: Barrier,
-    parts: Vec<Mutex<Vec<f32>>>,
-}
-
-pub fn group(size: usize) -> Vec<(Arc<Reference>, Arc<dyn Collective>)> {
-    let parts = (0..size).map(|_| Mutex::default()).collect();
-    let shared = Arc::new(Meeting { barrier: Barrier::new(size), parts });
-    (0..size)
-        .map(|rank| {
-            let backend = Arc::new(Reference::default());
-            let shared = Arc::clone(&shared);
-            let group = Group { rank, backend: Arc::clone(&backend), shared };
-            (backend, Arc::new(group) as Arc<dyn Collective>)
-        })
-        .collect()
-}
-
-impl Group {
-    fn exchange(&self, mine: Vec<f32>) -> Vec<Vec<f32>> {
-        *self.shared.parts[self.rank].lock().unwrap() = mine;
-        self.shared.barrier.wait();
-        let all = self.shared.parts.iter().map(|part| part.lock().unwrap().clone()).collect();
-        self.shared.barrier.wait();
-        all
-    }
-}
-
-impl Collective for Group {
-    fn rank(&self) -> usize {
-        self.rank
-    }
-
-    fn size(&self) -> usize {
-        self.shared.parts.len()
-    }
-
-    fn all_reduce(&self, tensor: &Tensor) -> Result<()> {
-        let all = self.exchange(self.backend.f(tensor));
-        let sum: Vec<f32> =
-            (0..tensor.elements()).map(|i| all.iter().map(|part| part[i]).sum()).collect();
-        self.backend.put_f(tensor, &sum);
-        Ok(())
-    }
-
-    fn all_gather_cols(&self, part: &Tensor, out: &Tensor) -> Result<()> {
-        let (rows, n) = (part.dim(0), part.dim(1));
-        let all = self.exchange(self.backend.f(part));
-        let whole: Vec<f32> = (0..rows)
-            .flat_map(|row| all.iter().flat_map(move |part| part[row * n..][..n].to_vec()))
-            .collect();
-        self.backend.put_f(out, &whole);
-        Ok(())
     }
 }
