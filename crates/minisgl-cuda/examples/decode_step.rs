@@ -99,7 +99,7 @@ fn main() -> Result<()> {
     for shape in SHAPES.iter().filter(|s| every || asked(s.name)) {
         let decode = if asked("cascade") { DecodeKernel::Cascade } else { DecodeKernel::Auto };
         let kernels = AttentionKernels { decode, ..AttentionKernels::default() };
-        let attention = ModelShape {
+        let model = ModelShape {
             kernels,
             heads: shape.heads,
             hidden: shape.hidden,
@@ -108,7 +108,7 @@ fn main() -> Result<()> {
             page_size: PAGE,
         };
         let options = CudaOptions::new(0, Precision::Native);
-        let b = CudaBackend::new(CudaOptions { attention: Some(attention), ..options })?;
+        let b = CudaBackend::new(CudaOptions { model: Some(model), ..options })?;
         // Operation by operation; half layers are timed beside it.
         b.set_fused_layers(false);
         if asked("library") {

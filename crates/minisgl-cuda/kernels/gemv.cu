@@ -11,15 +11,6 @@
 #ifndef ROW_TILES
 #define ROW_TILES 1
 #endif
-#ifndef HALVES
-#define HALVES 1
-#endif
-#ifndef GATED
-#define GATED 0
-#endif
-#ifndef NORM
-#define NORM 0
-#endif
 #define N_TILES (GATED ? 2 : 1)
 #define CHUNK 64
 #define ROWS (ROW_TILES * 16)

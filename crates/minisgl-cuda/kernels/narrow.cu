@@ -11,12 +11,6 @@
 // With norm: out = rsqrt(mean x² + eps) · Σ_k x[m, k] · (w · weight)[n, k]. A thread scales its part of w
 // in registers while it waits for x; Σ x² is gathered from the steps in shared memory.
 
-#ifndef GATED
-#define GATED 0
-#endif
-#ifndef NORM
-#define NORM 0
-#endif
 #define THREADS (128 * GROUPS)
 #define TILE (64 * GROUPS)
 #define COLUMNS (GATED ? TILE / 2 : TILE)

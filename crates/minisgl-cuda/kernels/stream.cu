@@ -8,15 +8,6 @@
 // their lengths, a quarter warp's reads hit all banks. As in `gemv.cu`, the order of k inside a chunk
 // of 32 is permuted alike for x and w, and a norm's factor is applied to the sums.
 
-#ifndef HALVES
-#define HALVES 1
-#endif
-#ifndef GATED
-#define GATED 0
-#endif
-#ifndef NORM
-#define NORM 0
-#endif
 #define CHUNK 64
 #define WARPS 8
 #define STAGE (WARPS * CHUNK)

@@ -15,12 +15,6 @@
 // As in `gemv.cu`, the order of k inside 32 is permuted alike for x and w, and a norm's factor is applied
 // to the sums.
 
-#ifndef GATED
-#define GATED 0
-#endif
-#ifndef NORM
-#define NORM 0
-#endif
 #define WARPS 8
 // `STAGES`: units that a warp's ring holds.
 #define UNIT 64

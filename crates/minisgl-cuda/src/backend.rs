@@ -18,11 +18,10 @@ use crate::clock::Clock;
 use crate::device::{Arg, Device, Function, Launch, args, driver, fail};
 use crate::fault::Fault;
 use crate::gemm::Gemm;
-use crate::half_layer::{Pending, half_layer_variants};
+use crate::half_layer::Pending;
 use crate::kernels::{Kernels, Module};
 use crate::staging::Staging;
 use crate::weights::tensor;
-use crate::wide::wide_variants;
 
 /// How to open a card.
 #[derive(Clone, Copy, Debug)]
@@ -31,15 +30,15 @@ pub struct CudaOptions {
     pub device: usize,
     /// `Native`: bf16 activations. `Exact`: f32 everywhere, without tf32.
     pub precision: Precision,
-    /// The model's attention: its kernels are compiled with the others. Without it the fastest that can
+    /// The model: its kernels are compiled with the others. Without it the fastest that can
     /// run are compiled when they are first needed.
-    pub attention: Option<ModelShape>,
+    pub model: Option<ModelShape>,
 }
 
 impl CudaOptions {
     /// A card at a precision, and nothing else said.
     pub fn new(device: usize, precision: Precision) -> Self {
-        Self { device, precision, attention: None }
+        Self { device, precision, model: None }
     }
 }
 
@@ -84,8 +83,8 @@ impl CudaBackend {
         tracing::info!(seconds = started.elapsed().as_secs_f64(), "the card is open");
         let exact = options.precision == Precision::Exact;
         let card = Card { exact, capability: device.capability };
-        let attention = options.attention.as_ref();
-        attention.map_or(Ok(()), |attention| attention.check(card))?;
+        let model = options.model.as_ref();
+        model.map_or(Ok(()), |model| model.check(card))?;
         let kernels = Kernels::new(&device, exact)?;
         let mut modules = vec![(Module::Elementwise, vec![]), (Module::Sample, vec![])];
         if !exact {
@@ -94,15 +93,8 @@ impl CudaBackend {
         if card.has_warpgroups() {
             modules.extend(crate::narrow::narrow_variants());
         }
-        if let Some(attention) = attention {
-            modules.extend(attention.modules(card));
-            let ModelShape { heads, hidden, inner, ranks, .. } = *attention;
-            if card.fuses_layers() && ranks == 1 && hidden > 0 {
-                modules.extend(half_layer_variants(heads, hidden, inner, device.multiprocessors));
-            }
-            if card.fuses_layers() {
-                modules.extend(wide_variants(hidden, heads.q * heads.dim / ranks, inner / ranks));
-            }
+        if let Some(model) = model {
+            modules.extend(model.modules(card, device.multiprocessors));
         }
         kernels.prepare(&modules)?;
         tracing::info!(seconds = started.elapsed().as_secs_f64(), "kernels are compiled");
@@ -117,7 +109,7 @@ impl CudaBackend {
             device,
             kernels,
             exact,
-            attention: attention.map_or_else(Default::default, |attention| attention.kernels),
+            attention: model.map_or_else(Default::default, |model| model.kernels),
             fault: Fault::from_environment(),
             scratch: Mutex::default(),
             products: Mutex::default(),

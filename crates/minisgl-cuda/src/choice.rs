@@ -9,7 +9,9 @@ use crate::attention::{
     decodes_as_prefill, prefill_variant, split_variant, takes_tiles, tiled_variant,
 };
 use crate::decode::stream_variant;
+use crate::half_layer::half_layer_variants;
 use crate::kernels::Key;
+use crate::wide::wide_variants;
 
 /// The kernels of rows that extend by many tokens, and of those that extend by one. Written
 /// `PREFILL,DECODE`, or `auto` for both.
@@ -167,8 +169,8 @@ impl ModelShape {
 
     /// The kernel files that such a model's steps take, as long as no step has more rows than the
     /// fastest of them can.
-    pub(crate) fn modules(&self, card: Card) -> Vec<Key> {
-        let Self { kernels, heads, page_size, .. } = *self;
+    pub(crate) fn modules(&self, card: Card, multiprocessors: usize) -> Vec<Key> {
+        let Self { kernels, heads, hidden, inner, ranks, page_size } = *self;
         let by_warpgroups =
             kernels.prefill != PrefillKernel::Mma && card.prefills_by_warpgroups(heads, page_size);
         let prefill = if by_warpgroups { prefill_variant(heads) } else { tiled_variant(heads) };
@@ -180,7 +182,14 @@ impl ModelShape {
         };
         let cascade = kernels.decode == DecodeKernel::Cascade;
         let cascade = cascade.then(|| stream_variant(heads, true));
-        [Some(prefill), decode, cascade].into_iter().flatten().collect()
+        let mut all: Vec<Key> = [Some(prefill), decode, cascade].into_iter().flatten().collect();
+        if card.fuses_layers() && hidden > 0 {
+            if ranks == 1 {
+                all.extend(half_layer_variants(heads, hidden, inner, multiprocessors));
+            }
+            all.extend(wide_variants(hidden, heads.q * heads.dim / ranks, inner / ranks));
+        }
+        all
     }
 }
 
@@ -214,7 +223,7 @@ mod tests {
     #[test]
     fn the_kernels_of_a_model_are_known_before_it_runs() {
         let names = |model: ModelShape, card: Card| -> Vec<String> {
-            let modules = model.modules(card);
+            let modules = model.modules(card, 132);
             modules.iter().map(|(module, defines)| format!("{module:?} {defines:?}")).collect()
         };
         let qwen = |kernels| model(kernels, 16, 8, 128, 16);
@@ -225,6 +234,16 @@ mod tests {
             names(qwen("auto,cascade"), H200),
             [prefill, stream, "Decode [(\"DIM\", 128), (\"HALVES\", 2), (\"CASCADE\", 1)]"]
         );
+        let whole = ModelShape { hidden: 1024, inner: 3072, ..qwen("auto") };
+        let layers = |ranks: usize| names(ModelShape { ranks, ..whole }, H200)[2..].to_vec();
+        assert!(layers(1)[0].starts_with("Attend") && layers(1)[1].starts_with("Mlp"));
+        assert!(layers(2).is_empty());
+        // Qwen3-14B's rows are long: no layer in halves, but products of their own, also over two ranks.
+        let large = ModelShape { hidden: 5120, inner: 17408, ..model("auto", 40, 8, 128, 16) };
+        for ranks in [1, 2] {
+            let products = names(ModelShape { ranks, ..large }, H200)[2..].to_vec();
+            assert!(!products.is_empty() && products.iter().all(|name| name.starts_with("Wide")));
+        }
         let tiled = "Attention [(\"DIM\", 128), (\"DECODE\", 0)]";
         let split = "Attention [(\"DIM\", 128), (\"DECODE\", 1), (\"HALVES\", 1)]";
         let old = Card { capability: (8, 0), ..H200 };

@@ -106,7 +106,6 @@ impl CudaBackend {
     /// `gemv.cu`'s product with the weights fetched ahead of the kernels in front.
     fn stream(&self, a: &Linear<'_>, gated: Option<Activation>, out: &Tensor) -> Result<()> {
         let (rows, k, n) = (a.x.dim(0), a.x.row_len(), out.row_len());
-        let (norm, eps, shift) = norm_args(a.norm);
         let tiles = if gated.is_some() || n >= 16 * self.device.multiprocessors { 2 } else { 1 };
         let blocks = n.div_ceil(if gated.is_some() { 8 } else { tiles * 8 });
         // All blocks walk as many tiles, so that all end at about the same time.
@@ -115,21 +114,7 @@ impl CudaBackend {
         let stage_bytes = tiles * 8 * (STREAM_STAGE * 2 + 64);
         let steps = k.div_ceil(STREAM_STAGE) * rounds;
         let stages = steps.min(STREAM_BYTES / stage_bytes);
-        let args = StreamArgs {
-            x: a.x.address(),
-            w: tensor(a.weight).address(),
-            norm,
-            bias: a.bias.map_or(0, |b| tensor(b).address()),
-            out: out.address(),
-            rows: rows as i32,
-            n: n as i32,
-            k: k as i32,
-            stages: stages as i32,
-            add: i32::from(a.store == Store::Add),
-            gelu: i32::from(gated == Some(Activation::GeluTanh)),
-            eps,
-            shift,
-        };
+        let args = ProductArgs::new(a, gated, out, stages);
         let mut defines =
             variant(rows > 8, gated.is_some(), a.norm.is_some(), out.dtype() == DType::F32);
         defines.push(("TILES", tiles as i32));
@@ -141,7 +126,7 @@ impl CudaBackend {
             shared: stages * stage_bytes + norm_bytes,
             cluster: 1,
         };
-        // SAFETY: `StreamArgs` has the kernel's layout; shapes as `Backend::linear` states.
+        // SAFETY: `ProductArgs` has the kernel's layout; shapes as `Backend::linear` states.
         unsafe { self.device.launch_struct(function, shape, &args) }
     }
 
@@ -218,9 +203,9 @@ const STREAM_STAGE: usize = 512;
 /// So little shared memory that the next product's blocks find room beside two of this one's.
 const STREAM_BYTES: usize = 53 << 10;
 
-/// As `Args` in `kernels/stream.cu`.
+/// As `Args` in `kernels/stream.cu` and `kernels/wide.cu`.
 #[repr(C)]
-struct StreamArgs {
+pub(crate) struct ProductArgs {
     x: u64,
     w: u64,
     norm: u64,
@@ -229,9 +214,36 @@ struct StreamArgs {
     rows: i32,
     n: i32,
     k: i32,
-    stages: i32,
+    /// Stages of `stream.cu`, blocks of a cluster of `wide.cu`.
+    division: i32,
     add: i32,
     gelu: i32,
     eps: f32,
     shift: f32,
+}
+
+impl ProductArgs {
+    pub(crate) fn new(
+        a: &Linear<'_>,
+        gated: Option<Activation>,
+        out: &Tensor,
+        division: usize,
+    ) -> Self {
+        let (norm, eps, shift) = norm_args(a.norm);
+        Self {
+            x: a.x.address(),
+            w: tensor(a.weight).address(),
+            norm,
+            bias: a.bias.map_or(0, |b| tensor(b).address()),
+            out: out.address(),
+            rows: a.x.dim(0) as i32,
+            n: out.row_len() as i32,
+            k: a.x.row_len() as i32,
+            division: division as i32,
+            add: i32::from(a.store == Store::Add),
+            gelu: i32::from(gated == Some(Activation::GeluTanh)),
+            eps,
+            shift,
+        }
+    }
 }

@@ -1,11 +1,11 @@
 //! Matrix products of few rows with long rows of weights, on Hopper and newer: `kernels/wide.cu`.
 
-use minisgl_tensor::{Activation, DType, Linear, Result, Store, Tensor};
+use minisgl_tensor::{Activation, DType, Linear, Result, Tensor};
 
-use crate::backend::{CudaBackend, Products, norm_args};
+use crate::backend::{CudaBackend, Products};
 use crate::device::Launch;
 use crate::kernels::{Key, Module};
-use crate::linear::STREAM_ROW_MAX;
+use crate::linear::{ProductArgs, STREAM_ROW_MAX};
 use crate::weights::tensor;
 
 /// With more rows cuBLASLt is faster: at 16 of Qwen3-14B's on an H200 a step took 8.2 ms by it and 11.8 by
@@ -27,24 +27,6 @@ const BLOCKS: [usize; 4] = [1, 2, 4, 8];
 /// kernel's barriers. Two blocks on one, so that the next product's weights come while this one ends,
 /// were slower (h200-operations.md).
 const SHARED_BYTES: usize = 226 << 10;
-
-/// As `Args` in the kernel.
-#[repr(C)]
-struct Args {
-    x: u64,
-    w: u64,
-    norm: u64,
-    bias: u64,
-    out: u64,
-    rows: i32,
-    n: i32,
-    k: i32,
-    blocks: i32,
-    add: i32,
-    gelu: i32,
-    eps: f32,
-    shift: f32,
-}
 
 /// How a product is divided.
 #[derive(Debug, PartialEq)]
@@ -117,22 +99,7 @@ impl CudaBackend {
         let Some(d) = Division::new(rows, n, k, gated.is_some(), multiprocessors) else {
             unreachable!("asked for what `prefers_wide` refuses");
         };
-        let (norm, eps, shift) = norm_args(a.norm);
-        let args = Args {
-            x: a.x.address(),
-            w: tensor(a.weight).address(),
-            norm,
-            bias: a.bias.map_or(0, |b| tensor(b).address()),
-            out: out.address(),
-            rows: rows as i32,
-            n: n as i32,
-            k: k as i32,
-            blocks: d.blocks as i32,
-            add: i32::from(a.store == Store::Add),
-            gelu: i32::from(gated == Some(Activation::GeluTanh)),
-            eps,
-            shift,
-        };
+        let args = ProductArgs::new(a, gated, out, d.blocks);
         let kind = (gated.is_some(), a.norm.is_some(), out.dtype() == DType::F32);
         let defines = variant(kind, d.stages);
         let function = self.kernels.get(Module::Wide, &defines, "wide")?;
@@ -142,7 +109,7 @@ impl CudaBackend {
             shared: d.shared,
             cluster: d.blocks,
         };
-        // SAFETY: `Args` has the kernel's layout; shapes as `Backend::linear` states.
+        // SAFETY: `ProductArgs` has the kernel's layout; shapes as `Backend::linear` states.
         unsafe { self.device.launch_struct(function, shape, &args) }
     }
 }

@@ -79,7 +79,7 @@ fn open_ranks(
             let heads = Heads { q: config.q_heads, kv: config.kv_heads, dim: config.head_dim };
             let page_size = options.page_size.unwrap_or(EngineOptions::default().page_size);
             let open = |device| {
-                let attention = Some(ModelShape {
+                let model = Some(ModelShape {
                     kernels: options.attn,
                     heads,
                     hidden: config.hidden_size,
@@ -87,7 +87,7 @@ fn open_ranks(
                     ranks,
                     page_size,
                 });
-                Ok(Arc::new(CudaBackend::new(CudaOptions { device, precision, attention })?))
+                Ok(Arc::new(CudaBackend::new(CudaOptions { device, precision, model })?))
             };
             open_cards(first, ranks, open, GroupOptions { timeout, transport })
         }
