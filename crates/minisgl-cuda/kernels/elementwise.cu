@@ -143,17 +143,6 @@ extern "C" __global__ void gather(const T *x, const int *indices, int width, T *
     for (int i = threadIdx.x; i < width; i += blockDim.x) to[i] = from[i];
 }
 
-__device__ __forceinline__ float2 read_pair(const float *from) { return *(const float2 *)from; }
-__device__ __forceinline__ float2 read_pair(const bf16 *from) {
-    u32 x = *(const u32 *)from;
-    return make_float2(low_half(x), high_half(x));
-}
-__device__ __forceinline__ void write_pair(float *to, float2 x) { *(float2 *)to = x; }
-__device__ __forceinline__ void write_pair(bf16 *to, float2 x) { *(u32 *)to = pack(x.x, x.y); }
-
-// Per head: norm (a null weight skips it), rotation of element i with i + dim/2, K and V to their
-// pages, Q in place. qkv [tokens, (q + 2·kv)·dim]; rope [positions, dim]. A block a token, a warp
-// every eighth head, two at a time; a lane holds pairs of elements.
 struct RopeArgs {
     T *qkv; T *k_pages; T *v_pages;
     const float *q_weight; const float *k_weight; const float *rope;
@@ -161,55 +150,73 @@ struct RopeArgs {
     int q_heads, kv_heads, dim, page_size;
     float q_eps, q_shift, k_eps, k_shift;
 };
-extern "C" __global__ void __launch_bounds__(256) rope_store(const RopeArgs a) {
+
+// Neighbouring elements that one thread loads at once.
+template <typename E, int N> struct __align__(sizeof(E) * N) Piece { E x[N]; };
+
+// A lane has `N` elements of a head's first half, and those that they rotate with. As many lanes as half a
+// head takes, rounded up to a power of 2, have a head: a warp has several heads at once.
+template <int N> __device__ __forceinline__ void rope_heads(const RopeArgs &a) {
+    int half = a.dim / 2, lanes = half > N ? 1 << (32 - __clz(half / N - 1)) : 1;
+    int token = blockIdx.x, i = threadIdx.x % lanes * N, heads = a.q_heads + 2 * a.kv_heads;
+    int slot = a.store_at[token], page = slot / a.page_size, row = slot % a.page_size;
+    const float *angles = a.rope + (long long)a.positions[token] * a.dim;
+    for (int first = 0; first < heads; first += blockDim.x / lanes) {
+        int head = first + threadIdx.x / lanes;
+        bool is_key = head >= a.q_heads, is_value = head >= a.q_heads + a.kv_heads;
+        bool there = i < half && head < heads && (slot >= 0 || !is_key);
+        T *from = a.qkv + ((long long)token * heads + head) * a.dim + i, *to = from;
+        if (is_key) {
+            int kv_head = head - a.q_heads - (is_value ? a.kv_heads : 0);
+            to = (is_value ? a.v_pages : a.k_pages) + (((long long)page * a.kv_heads + kv_head) * a.page_size + row) * a.dim + i;
+        }
+        Piece<T, N> low = {}, high = {};
+        if (there) low = *(const Piece<T, N> *)from, high = *(const Piece<T, N> *)(from + half);
+        float squares = 0.f;
+#pragma unroll
+        for (int e = 0; e < N; e++) {
+            float l = to_float(low.x[e]), h = to_float(high.x[e]);
+            squares += l * l + h * h;
+        }
+        // All lanes take part in this.
+        for (int lane = lanes / 2; lane; lane /= 2) squares += __shfl_xor_sync(~0u, squares, lane);
+        if (!there) continue;
+        const float *weight = is_key ? a.k_weight : a.q_weight;
+        float scale = rsqrtf(squares / a.dim + (is_key ? a.k_eps : a.q_eps)), shift = is_key ? a.k_shift : a.q_shift;
+        // Few registers at once, so that many blocks are on a multiprocessor.
+#pragma unroll
+        for (int e = 0; e < N; e += 4) {
+            if (is_value) break;
+            Piece<float, 4> c = *(const Piece<float, 4> *)(angles + i + e), s = *(const Piece<float, 4> *)(angles + half + i + e);
+            Piece<float, 4> v = {1.f, 1.f, 1.f, 1.f}, w = v;
+            if (weight) {
+                v = *(const Piece<float, 4> *)(weight + i + e), w = *(const Piece<float, 4> *)(weight + half + i + e);
+#pragma unroll
+                for (int j = 0; j < 4; j++) v.x[j] = scale * (v.x[j] + shift), w.x[j] = scale * (w.x[j] + shift);
+            }
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                float l = to_float(low.x[e + j]) * v.x[j], h = to_float(high.x[e + j]) * w.x[j];
+                low.x[e + j] = from_float<T>(l * c.x[j] - h * s.x[j]), high.x[e + j] = from_float<T>(h * c.x[j] + l * s.x[j]);
+            }
+        }
+        *(Piece<T, N> *)to = low, *(Piece<T, N> *)(to + half) = high;
+    }
+}
+
+// Blocks on a multiprocessor. As many as do without spills: it is loads on their way that this waits for.
+#define ROPE_BLOCKS (__CUDA_ARCH__ == 900 ? 5 : 4)
+
+// Per head: norm (a null weight skips it), rotation of element i with i + dim/2, K and V to their
+// pages, Q in place. qkv [tokens, (q + 2·kv)·dim], dim a multiple of 8; rope [positions, dim]. A block a
+// token.
+extern "C" __global__ void __launch_bounds__(256, ROPE_BLOCKS) rope_store(const RopeArgs a) {
     let_next_start();
     wait_for_previous();
-    int token = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x & 31, half = a.dim / 2;
-    int heads = a.q_heads + 2 * a.kv_heads, slot = a.store_at[token];
-    T *all = a.qkv + (long long)token * heads * a.dim;
-    const float *angles = a.rope + (long long)a.positions[token] * a.dim;
-    float2 cosines[2], sines[2];
-#pragma unroll
-    for (int j = 0; j < 2; j++) {
-        int i = 2 * (lane + 32 * j);
-        if (i < half) cosines[j] = read_pair(angles + i), sines[j] = read_pair(angles + i + half);
-    }
-#pragma unroll 2
-    for (int head = warp; head < heads; head += 8) {
-        bool is_key = head >= a.q_heads, is_value = head >= a.q_heads + a.kv_heads;
-        T *x = all + head * a.dim, *to = x;
-        if (is_key && slot < 0) break;
-        if (is_key) {
-            int kv_head = (head - a.q_heads) % a.kv_heads;
-            long long page = (long long)(slot / a.page_size) * a.kv_heads + kv_head;
-            to = (is_value ? a.v_pages : a.k_pages) + (page * a.page_size + slot % a.page_size) * a.dim;
-        }
-        const float *weight = is_value ? nullptr : is_key ? a.k_weight : a.q_weight;
-        float2 low[2], high[2];
-        float squares = 0.f, scale = 1.f, shift = is_key ? a.k_shift : a.q_shift;
-#pragma unroll
-        for (int j = 0; j < 2; j++) {
-            int i = 2 * (lane + 32 * j);
-            low[j] = high[j] = make_float2(0.f, 0.f);
-            if (i < half) low[j] = read_pair(x + i), high[j] = read_pair(x + i + half);
-            squares += low[j].x * low[j].x + low[j].y * low[j].y + high[j].x * high[j].x + high[j].y * high[j].y;
-        }
-        if (weight) scale = rsqrtf(warp_sum(squares) / a.dim + (is_key ? a.k_eps : a.q_eps));
-#pragma unroll
-        for (int j = 0; j < 2; j++) {
-            int i = 2 * (lane + 32 * j);
-            if (i >= half) break;
-            float2 l = low[j], h = high[j], c = cosines[j], s = sines[j];
-            if (weight) {
-                float2 w = read_pair(weight + i), v = read_pair(weight + i + half);
-                l.x *= scale * (w.x + shift), l.y *= scale * (w.y + shift);
-                h.x *= scale * (v.x + shift), h.y *= scale * (v.y + shift);
-            }
-            if (is_value) c = make_float2(1.f, 1.f), s = make_float2(0.f, 0.f);
-            write_pair(to + i, make_float2(l.x * c.x - h.x * s.x, l.y * c.y - h.y * s.y));
-            write_pair(to + i + half, make_float2(h.x * c.x + l.x * s.x, h.y * c.y + l.y * s.y));
-        }
-    }
+    // Loads of 16 bytes where halves of heads begin at multiples of them.
+    constexpr int N = 16 / sizeof(T);
+    if (a.dim % (2 * N) == 0) rope_heads<N>(a);
+    else rope_heads<4>(a);
 }
 
 // logits = cap · tanh(logits / cap).

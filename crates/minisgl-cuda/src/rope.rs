@@ -15,7 +15,7 @@ impl CudaBackend {
         qkv: &Tensor,
     ) -> Result<()> {
         let (batch, heads) = (a.batch, a.heads);
-        if heads.dim > 256 || !heads.dim.is_multiple_of(4) {
+        if heads.dim > 256 || !heads.dim.is_multiple_of(8) {
             return Err(BackendError::Unsupported(
                 format!("head size {} on CUDA", heads.dim).into(),
             ));
