@@ -52,6 +52,27 @@ __device__ __forceinline__ u64 weight(float x, float top, float inverse) {
     return x == -infinity() ? 0 : u64(double(__expf((x - top) * inverse)) * 4294967296.0);
 }
 
+// A block's running sums: of `own` of all threads up to this one, it included, and of all 1,024.
+struct Scan { u64 here, all; };
+__device__ __forceinline__ Scan scan(u64 own, u64 (&warps)[32]) {
+    int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
+    auto add_lanes_before = [lane](u64 x) {
+#pragma unroll
+        for (int d = 1; d < 32; d <<= 1) {
+            u64 other = __shfl_up_sync(~0u, x, d);
+            if (lane >= d) x += other;
+        }
+        return x;
+    };
+    own = add_lanes_before(own);
+    // Whoever reads an earlier scan's has done so.
+    __syncthreads();
+    if (lane == 31) warps[warp] = own;
+    __syncthreads();
+    u64 sums = add_lanes_before(warps[lane]), before = __shfl_sync(~0u, sums, max(warp - 1, 0));
+    return {own + (warp ? before : 0), __shfl_sync(~0u, sums, 31)};
+}
+
 extern "C" __global__ void __launch_bounds__(1024)
 choose(const float *logits, const float4 *stats, const float *temperature, const int *top_k,
        const float *top_p, const float *min_p, const int2 *seed, const int *position, const int *slots,
@@ -60,7 +81,7 @@ choose(const float *logits, const float4 *stats, const float *temperature, const
     wait_for_previous();
     __shared__ u64 mass[256];
     __shared__ u32 count[256];
-    __shared__ u64 scan[1024];
+    __shared__ u64 warps[32];
     __shared__ int chosen;
     __shared__ u32 prefix, ties;
     __shared__ u64 budget;
@@ -96,33 +117,17 @@ choose(const float *logits, const float4 *stats, const float *temperature, const
         float4 own_stats = lane < chunks ? stats[lane] : make_float4(-infinity(), 0.f, 0.f, 0.f);
         u64 own = own_stats.x == -infinity()
                       ? 0 : u64(double(own_stats.z) * double(__expf((own_stats.x - top) * inverse)) * 4294967296.0);
-        scan[lane] = own;
-        __syncthreads();
-        for (int d = 1; d < 1024; d <<= 1) {
-            u64 other = lane >= d ? scan[lane - d] : 0;
-            __syncthreads();
-            scan[lane] += other;
-            __syncthreads();
-        }
+        Scan chunks_to = scan(own, warps);
         float u = uniform(u32(seed[row].x), u32(seed[row].y), u32(position[row]));
-        u64 target = u64(double(u) * double(scan[1023])), before = scan[lane] - own;
-        if (target >= before && target < scan[lane]) prefix = lane, budget = target - before;
+        u64 target = u64(double(u) * double(chunks_to.all)), before = chunks_to.here - own;
+        if (target >= before && target < chunks_to.here) prefix = lane, budget = target - before;
         __syncthreads();
         // Rounding may leave a little behind the chunk's last token: then that one is it.
         int chunk = prefix, i = chunk * CHUNK + lane;
         u64 w = lane < CHUNK && i < vocab ? weight(x[i], top, inverse) : 0;
-        u64 goal = budget;
-        __syncthreads();
-        scan[lane] = w;
-        __syncthreads();
-        for (int d = 1; d < CHUNK; d <<= 1) {
-            u64 other = lane >= d ? scan[lane - d] : 0;
-            __syncthreads();
-            scan[lane] += other;
-            __syncthreads();
-        }
-        goal = min(goal, scan[CHUNK - 1] - 1);
-        if (lane < CHUNK && goal >= scan[lane] - w && goal < scan[lane]) chosen = i;
+        Scan tokens_to = scan(w, warps);
+        u64 goal = min(budget, tokens_to.all - 1);
+        if (goal >= tokens_to.here - w && goal < tokens_to.here) chosen = i;
         finish();
         return;
     }
@@ -196,31 +201,15 @@ choose(const float *logits, const float4 *stats, const float *temperature, const
     u64 equal = 0;
     if (tied != 0xffffffffu)
         for (int i = begin; i < end; i++) equal += ordered(x[i]) == border;
-    scan[lane] = equal;
-    __syncthreads();
-    for (int d = 1; d < 1024; d <<= 1) {
-        u64 other = lane >= d ? scan[lane - d] : 0;
-        __syncthreads();
-        scan[lane] += other;
-        __syncthreads();
-    }
-    u64 rank0 = scan[lane] - equal, rank = rank0, own = 0;
-    __syncthreads();
+    u64 rank0 = scan(equal, warps).here - equal, rank = rank0, own = 0;
     auto kept = [&](int i) {
         u32 key = ordered(x[i]);
         return key > border || (key == border && rank++ < tied);
     };
     for (int i = begin; i < end; i++) if (kept(i)) own += weight(x[i], top, inverse);
-    scan[lane] = own;
-    __syncthreads();
-    for (int d = 1; d < 1024; d <<= 1) {
-        u64 other = lane >= d ? scan[lane - d] : 0;
-        __syncthreads();
-        scan[lane] += other;
-        __syncthreads();
-    }
-    u64 target = u64(double(u) * double(scan[1023])), before = scan[lane] - own;
-    if (target >= before && target < scan[lane]) {
+    Scan kept_to = scan(own, warps);
+    u64 target = u64(double(u) * double(kept_to.all)), before = kept_to.here - own;
+    if (target >= before && target < kept_to.here) {
         rank = rank0;
         for (int i = begin; i < end; i++) {
             if (!kept(i)) continue;
