@@ -106,6 +106,7 @@ fn main() -> Result<()> {
             inner: shape.inner,
             ranks: 1,
             page_size: PAGE,
+            soft_cap: false,
         };
         let options = CudaOptions::new(0, Precision::Native);
         let b = CudaBackend::new(CudaOptions { model: Some(model), ..options })?;

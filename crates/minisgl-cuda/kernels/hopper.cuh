@@ -38,6 +38,20 @@ __device__ __forceinline__ void named_arrive(int number, int threads) {
 __device__ __forceinline__ void store_shared(u32 address, u32 value) {
     asm volatile("st.shared.u32 [%0], %1;" :: "r"(address), "r"(value) : "memory");
 }
+__device__ __forceinline__ void store_shared(u32 address, uint4 x) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" :: "r"(address), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
+}
+__device__ __forceinline__ u32 load_shared(u32 address) {
+    u32 x;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(address) : "memory");
+    return x;
+}
+__device__ __forceinline__ uint4 load_shared_16(u32 address) {
+    uint4 x;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(address) : "memory");
+    return x;
+}
 // Four matrices of 8 rows of 16 bytes, of which each lane names one.
 __device__ __forceinline__ void load_matrices(u32 (&r)[4], u32 address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -128,6 +142,15 @@ __device__ __forceinline__ void barrier_wait_for_cluster(u32 barrier, u32 parity
 // another. `columns_apart`: bytes between blocks of 64 columns, where the columns are not summed over.
 __device__ __forceinline__ u64 factor(u32 address, u32 columns_apart = 16) {
     return u64((address & 0x3ffff) >> 4) | u64(columns_apart >> 4) << 16 | u64(1024 >> 4) << 32 | 1ull << 62;
+}
+// The factor `bytes` further on.
+__device__ __forceinline__ u64 along(u64 factor, u32 bytes) { return factor + (bytes >> 4); }
+// A warpgroup takes more of the multiprocessor's registers, or leaves it some: `COUNT` a thread.
+template <int COUNT> __device__ __forceinline__ void take_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(COUNT));
+}
+template <int COUNT> __device__ __forceinline__ void leave_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(COUNT));
 }
 __device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }

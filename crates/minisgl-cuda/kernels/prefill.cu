@@ -2,76 +2,183 @@
 // (Dao et al., 2022; Shah et al., 2024) over pages.
 //
 // An item is 128 (token, head of the group) pairs of one row and KV head, the last tokens first: they
-// see most. Blocks walk the items. A warp fetches K and V in tiles of 128 tokens, page by page, two
-// tiles of each ahead; the two warpgroups take 64 pairs each, from the last tile they see to the
-// first. While a tile's softmax runs, the product of the one before with V is under way.
-// In shared memory: Q [warpgroup][part][64], K and V [stage][part][128], all rows of 128 bytes in the
+// see most. Blocks take one item after the other, of as many rows at a time as have their K and V in the L2
+// cache together. One warp takes them and fetches their Q, an item ahead; another one fetches K and V in tiles of
+// 128 tokens, page by page; the two warpgroups take 64 pairs each, from the last tile they see to the first.
+// While a tile's softmax runs, the product of the one before with V is under way.
+// In shared memory: Q [stage][warpgroup][part][64], K and V [stage][part][128], all rows of 128 bytes in the
 // 128-byte swizzle, where a part is 64 dimensions.
 
 #define TILE 128
 #define PARTS (DIM / 64)
 #define TILE_BYTES (TILE * DIM * 2)
 #define QUERY_BYTES (64 * DIM * 2)
-#define STAGES 2
+#define ITEM_STAGES 2
+#define K_STAGES 2
+#define V_STAGES 3
 
 struct Args {
     const bf16 *qkv; const bf16 *k_pages; const bf16 *v_pages; bf16 *out;
     const int *slots; const int *query_start; const int *kv_len; const int *page_table;
-    float *partial; int *arrived;
+    float *partial; int *arrived;  // `arrived`: items asked for behind the blocks' first ones
     int first_row, pages_a_row, page_size, q_heads, kv_heads, splits, splits_wanted, page_shift, window;
     float scale, soft_cap;
 };
 
-// One item, as every role sees it.
+// All items: of `section` rows at a time, in each section the longest ones first.
+struct Items { int count, rows, section; };
+
+// One item; of no row behind the last one.
 struct Item {
     int row, kv_head, kv_len, q_start, cached, pair0, pairs, first_tile, last_tile;
-    __device__ bool find(const Args &a, int index, int rows) {
-        kv_head = index % a.kv_heads, row = a.first_row + index / a.kv_heads % rows;
+    __device__ bool find(const Args &a, const Items &items, int index) {
+        int blocks = items.count / (items.rows * a.kv_heads), first_row = index / (items.section * a.kv_heads * blocks) * items.section;
+        int rows = min(items.section, items.rows - first_row);
+        index -= first_row * a.kv_heads * blocks;
+        kv_head = index % a.kv_heads, row = a.first_row + first_row + index / a.kv_heads % rows;
         kv_len = a.kv_len[row], q_start = a.query_start[row];
-        int extend = a.query_start[row + 1] - q_start, group = a.q_heads / a.kv_heads;
-        cached = kv_len - extend, pairs = extend * group;
+        int extend = a.query_start[row + 1] - q_start;
+        cached = kv_len - extend, pairs = extend * GROUP;
         int block = (pairs + 127) / 128 - 1 - index / (a.kv_heads * rows);
         if (kv_len <= 0 || block < 0) return false;
         pair0 = block * 128;
-        last_tile = (cached + (min(pair0 + 127, pairs - 1)) / group) / TILE;
-        first_tile = a.window > 0 ? max(0, cached + pair0 / group - a.window + 1) / TILE : 0;
+        last_tile = token_of(pair0 + 127) / TILE;
+        first_tile = a.window > 0 ? max(0, token_of(pair0) - a.window + 1) / TILE : 0;
         return true;
+    }
+    // Where in the sequence a pair's token is.
+    __device__ int token_of(int pair) const { return cached + min(pair, pairs - 1) / GROUP; }
+    // In elements, of a matrix with so many heads a token.
+    __device__ long long offset(int pair, int heads) const {
+        return ((long long)(q_start + pair / GROUP) * heads + kv_head * GROUP + pair % GROUP) * DIM;
     }
 };
 
 // What goes round: a stage, and the parity of its phase.
-struct Turn {
+template <int STAGES> struct Turn {
     u32 count = 0;
     __device__ u32 stage() const { return count % STAGES; }
     __device__ u32 parity() const { return count / STAGES & 1; }
 };
 
-struct Barriers { u32 k_full, k_free, v_full, v_free; };
-
-__device__ __forceinline__ void fetch(const Args &a, const Item &item, const TensorMap &map, int tile, int nowhere,
-                                      u32 to, u32 full, u32 free, Turn &turn) {
-    int lane = threadIdx.x & 31, box = min(a.page_size, TILE), boxes = TILE / box;
-    const int *table = a.page_table + (long long)a.slots[item.row] * a.pages_a_row;
-    int y[2];
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        int token = tile * TILE + (lane + 32 * i) / PARTS * box;
-        // Pages behind the end are read as zeros.
-        y[i] = nowhere;
-        if (lane + 32 * i < boxes * PARTS && token < item.kv_len)
-            y[i] = (table[token >> a.page_shift] * a.kv_heads + item.kv_head) * a.page_size + (token & (a.page_size - 1));
+// Of each stage: whether it is full, and free.
+template <int STAGES> struct Barriers {
+    u32 first;
+    __device__ void init(int fillers, int takers) const {
+        for (int i = 0; i < STAGES; i++) barrier_init(full(i), fillers), barrier_init(free(i), takers);
     }
-    u32 barrier = full + turn.stage() * 8;
-    barrier_wait(free + turn.stage() * 8, turn.parity() ^ 1);
+    __device__ u32 full(int stage) const { return first + stage * 16; }
+    __device__ u32 free(int stage) const { return first + stage * 16 + 8; }
+    __device__ void wait_full(Turn<STAGES> turn) const { barrier_wait(full(turn.stage()), turn.parity()); }
+    __device__ void wait_free(Turn<STAGES> turn) const { barrier_wait(free(turn.stage()), turn.parity() ^ 1); }
+    // A whole warp's.
+    __device__ void leave(Turn<STAGES> &turn) const {
+        if ((threadIdx.x & 31) == 0) barrier_arrive(free(turn.stage()));
+        turn.count++;
+    }
+};
+
+// What the roles share: items with their queries, and tiles.
+struct Shared {
+    Item *handed_out;
+    u32 q, k, v;
+    Barriers<ITEM_STAGES> items;
+    Barriers<K_STAGES> k_tiles;
+    Barriers<V_STAGES> v_tiles;
+};
+
+// Where in the cache this lane's boxes of a tile are, of K as of V: at most two, of a part of a page each.
+struct Boxes {
+    int y[2];
+    __device__ Boxes(const Args &a, const Item &item, int tile, int nowhere) {
+        int lane = threadIdx.x & 31, box = min(a.page_size, TILE), boxes = TILE / box;
+        const int *table = a.page_table + (long long)a.slots[item.row] * a.pages_a_row;
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            int token = tile * TILE + (lane + 32 * i) / PARTS * box;
+            // Pages behind the end are read as zeros.
+            y[i] = nowhere;
+            if (lane + 32 * i < boxes * PARTS && token < item.kv_len)
+                y[i] = (table[token >> a.page_shift] * a.kv_heads + item.kv_head) * a.page_size + (token & (a.page_size - 1));
+        }
+    }
+};
+
+template <int STAGES>
+__device__ __forceinline__ void fetch(const Args &a, const TensorMap &map, const Boxes &boxes, u32 to, const Barriers<STAGES> &barriers, Turn<STAGES> &turn) {
+    int lane = threadIdx.x & 31, box = min(a.page_size, TILE);
+    u32 barrier = barriers.full(turn.stage());
+    barriers.wait_free(turn);
     if (lane == 0) barrier_expect(barrier, TILE_BYTES);
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         int op = lane + 32 * i, part = op % PARTS;
-        if (op < boxes * PARTS)
-            fetch_box(to + turn.stage() * TILE_BYTES + part * TILE * 128 + op / PARTS * box * 128, map, barrier, part * 64, y[i]);
+        if (op < TILE / box * PARTS)
+            fetch_box(to + turn.stage() * TILE_BYTES + part * TILE * 128 + op / PARTS * box * 128, map, barrier, part * 64, boxes.y[i]);
     }
     turn.count++;
+}
+
+// A warp's: the K and V of all items. A tile's V is taken a tile later than its K: it has a stage more.
+__device__ __forceinline__ void fetch_tiles(const Args &a, const Shared &shared, const TensorMap &k_map, const TensorMap &v_map, int nowhere) {
+    Turn<ITEM_STAGES> turn;
+    Turn<K_STAGES> k_turn;
+    Turn<V_STAGES> v_turn;
+    while (true) {
+        shared.items.wait_full(turn);
+        Item item = shared.handed_out[turn.stage()];
+        __syncwarp();
+        shared.items.leave(turn);
+        if (item.row < 0) return;
+        for (int tile = item.last_tile; tile >= item.first_tile; tile--) {
+            Boxes boxes(a, item, tile, nowhere);
+            fetch(a, k_map, boxes, shared.k, shared.k_tiles, k_turn);
+            fetch(a, v_map, boxes, shared.v, shared.v_tiles, v_turn);
+        }
+    }
+}
+
+// Both warpgroups' queries, by a warp.
+__device__ __forceinline__ void fetch_queries(const Args &a, const Item &item, u32 to) {
+    int lane = threadIdx.x & 31, chunk = lane % (DIM / 8), heads = a.q_heads + 2 * a.kv_heads;
+    to += chunk / 8 * 64 * 128;
+#pragma unroll 4
+    for (int i = lane / (DIM / 8); i < 128; i += 256 / DIM) {
+        int pair = item.pair0 + i;
+        copy_16(to + i / 64 * QUERY_BYTES + i % 64 * 128 + ((chunk ^ i) & 7) * 16,
+                a.qkv + item.offset(min(pair, item.pairs - 1), heads) + chunk * 8, pair < item.pairs);
+    }
+    end_copies();
+    wait_for_copies<0>();
+    publish_shared();
+}
+
+// A warp's: takes items, and hands each out with its queries. The first one has the block's number, the others
+// come from a counter, which all blocks together ask `items.count` times.
+__device__ __forceinline__ void take_items(const Args &a, const Items &items, const Shared &shared) {
+    int lane = threadIdx.x & 31;
+    Turn<ITEM_STAGES> turn;
+    auto hand_out = [&](const Item &item) {
+        if (lane == 0) shared.handed_out[turn.stage()] = item;
+        __syncwarp();
+        if (lane == 0) barrier_arrive(shared.items.full(turn.stage()));
+        turn.count++;
+    };
+    Item item;
+    for (int index = blockIdx.x; index < items.count;) {
+        int asked = lane == 0 ? atomicAdd(a.arrived, 1) : 0;
+        if (item.find(a, items, index)) {
+            shared.items.wait_free(turn);
+            fetch_queries(a, item, shared.q + turn.stage() * 2 * QUERY_BYTES);
+            hand_out(item);
+        }
+        if (lane == 0 && asked == items.count - 1) *a.arrived = 0;
+        index = gridDim.x + __shfl_sync(~0u, asked, 0);
+    }
+    item.row = -1;
+    shared.items.wait_free(turn);
+    hand_out(item);
 }
 
 // Scores of masked tokens become −∞.
@@ -106,15 +213,17 @@ __device__ __forceinline__ void soften(float (&s)[64], float (&top)[2], float (&
 }
 
 __device__ __forceinline__ void scores(float (&s)[64], u32 q, u32 k) {
+    u64 rows = factor(q), columns = factor(k);
 #pragma unroll
     for (int i = 0; i < DIM / 16; i++)
-        Product<TILE>::shared<0>(s, factor(q + i / 4 * 64 * 128 + i % 4 * 32), factor(k + i / 4 * TILE * 128 + i % 4 * 32), i > 0);
+        Product<TILE>::shared<0>(s, along(rows, i / 4 * 64 * 128 + i % 4 * 32), along(columns, i / 4 * TILE * 128 + i % 4 * 32), i > 0);
     products_commit();
 }
 
 __device__ __forceinline__ void weighted_values(float (&o)[DIM / 2], const u32 (&p)[32], u32 v) {
+    u64 values = factor(v, TILE * 128);
 #pragma unroll
-    for (int i = 0; i < TILE / 16; i++) Product<DIM>::registers<1>(o, p + 4 * i, factor(v + i * 2048, TILE * 128), 1);
+    for (int i = 0; i < TILE / 16; i++) Product<DIM>::registers<1>(o, p + 4 * i, along(values, i * 2048), 1);
     products_commit();
 }
 
@@ -130,89 +239,74 @@ __device__ __forceinline__ void clear_end(const Args &a, u32 v, int from, int gr
     for (int i = (threadIdx.x & 127); i < (to - from) * DIM / 8; i += 128) {
         int row = from + i / (DIM / 8), chunk = i % (DIM / 8);
         u32 address = v + chunk / 8 * TILE * 128 + row * 128 + chunk % 8 * 16;
-        asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" :: "r"(address), "r"(0) : "memory");
+        store_shared(address, make_uint4(0, 0, 0, 0));
     }
     publish_shared();
     named_barrier(1 + group, 128);
 }
 
-// A warpgroup's part of an item: 64 pairs from `item.pair0 + 64 · warpgroup`.
-__device__ __forceinline__ void attend(const Args &a, const Item &item, int warpgroup, u32 q, u32 k, u32 v, const Barriers &barriers, Turn &k_turn, Turn &v_turn) {
+// A warpgroup's part of an item: 64 pairs from `item.pair0 + 64 · warpgroup`, their queries at `q`.
+__device__ __forceinline__ void attend(const Args &a, const Item &item, int warpgroup, u32 q, const Shared &shared, Turn<K_STAGES> &k_turn, Turn<V_STAGES> &v_turn) {
     int thread = threadIdx.x & 127, lane = threadIdx.x & 31, g = lane / 4, t = lane & 3;
-    int group = a.q_heads / a.kv_heads, pair0 = item.pair0 + 64 * warpgroup;
-    long long width = (long long)(a.q_heads + 2 * a.kv_heads) * DIM;
-    named_barrier(1 + warpgroup, 128);
-#pragma unroll
-    for (int j = 0; j < DIM / 16; j++) {
-        int i = thread + 128 * j, row = i / (DIM / 8), chunk = i % (DIM / 8), pair = pair0 + row;
-        uint4 x = make_uint4(0, 0, 0, 0);
-        if (pair < item.pairs)
-            x = *(const uint4 *)(a.qkv + (item.q_start + pair / group) * width + (item.kv_head * group + pair % group) * DIM + chunk * 8);
-        u32 to = q + chunk / 8 * 64 * 128 + row * 128 + ((chunk ^ row) & 7) * 16;
-        asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" :: "r"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
-    }
-    publish_shared();
-    named_barrier(1 + warpgroup, 128);
-
-    int at[2], row0 = thread / 32 * 16 + g;
-#pragma unroll
-    for (int h = 0; h < 2; h++) at[h] = item.cached + min(pair0 + row0 + 8 * h, item.pairs - 1) / group;
-    int at_first = item.cached + min(pair0, item.pairs - 1) / group, at_last = item.cached + min(pair0 + 63, item.pairs - 1) / group;
-    float scale = a.soft_cap > 0.f ? 1.4426950408889634f : a.scale * 1.4426950408889634f;
+    int pair0 = item.pair0 + 64 * warpgroup, row0 = thread / 32 * 16 + g;
+    int at[2] = {item.token_of(pair0 + row0), item.token_of(pair0 + row0 + 8)};
+    int at_first = item.token_of(pair0), at_last = item.token_of(pair0 + 63);
+    float scale = (SOFT_CAP ? 1.f : a.scale) * 1.4426950408889634f;
     float s[64], o[DIM / 2], top[2] = {-infinity(), -infinity()}, sum[2] = {}, shrink[2];
     u32 p[32];
 #pragma unroll
     for (int i = 0; i < DIM / 2; i++) o[i] = 0.f;
     auto weigh = [&](int tile) {
         int base = tile * TILE;
-        if (a.soft_cap > 0.f) {
+#if SOFT_CAP
 #pragma unroll
-            for (int i = 0; i < 64; i++) s[i] = a.soft_cap * tanhf(s[i] * a.scale / a.soft_cap);
-        }
+        for (int i = 0; i < 64; i++) s[i] = a.soft_cap * tanhf(s[i] * a.scale / a.soft_cap);
+#endif
         if (base + TILE - 1 > at_first || (a.window > 0 && base <= at_last - a.window)) mask(a, s, base, at);
         soften(s, top, sum, shrink, scale);
     };
-    auto leave = [&](u32 barrier) { if (lane == 0) barrier_arrive(barrier); };
-
-    barrier_wait(barriers.k_full + k_turn.stage() * 8, k_turn.parity());
+    shared.k_tiles.wait_full(k_turn);
     products_begin();
-    scores(s, q, k + k_turn.stage() * TILE_BYTES);
+    scores(s, q, shared.k + k_turn.stage() * TILE_BYTES);
     products_wait<0>();
     pin(s);
-    leave(barriers.k_free + k_turn.stage() * 8);
-    k_turn.count++;
+    shared.k_tiles.leave(k_turn);
     weigh(item.last_tile);
     pack_weights(p, s);
     // Only the first tile taken can hold the sequence's end.
     int end = item.kv_len - item.last_tile * TILE;
     bool ragged = end < TILE && end % a.page_size != 0;
+    if (item.last_tile > item.first_tile) shared.k_tiles.wait_full(k_turn);
     for (int tile = item.last_tile - 1; tile >= item.first_tile; tile--) {
-        barrier_wait(barriers.k_full + k_turn.stage() * 8, k_turn.parity());
         products_begin();
-        scores(s, q, k + k_turn.stage() * TILE_BYTES);
-        barrier_wait(barriers.v_full + v_turn.stage() * 8, v_turn.parity());
-        if (ragged) clear_end(a, v + v_turn.stage() * TILE_BYTES, end, warpgroup), ragged = false;
+        scores(s, q, shared.k + k_turn.stage() * TILE_BYTES);
+        shared.v_tiles.wait_full(v_turn);
+        if (ragged) clear_end(a, shared.v + v_turn.stage() * TILE_BYTES, end, warpgroup), ragged = false;
         pin(o), pin(p);
         products_begin();
-        weighted_values(o, p, v + v_turn.stage() * TILE_BYTES);
+        weighted_values(o, p, shared.v + v_turn.stage() * TILE_BYTES);
         products_wait<1>();
         pin(s);
-        leave(barriers.k_free + k_turn.stage() * 8);
-        k_turn.count++;
+        shared.k_tiles.leave(k_turn);
         weigh(tile);
+        pin(s);
+        // Between the softmax and the wait for the products that run beside it: ptxas moves that wait up as
+        // far as it can, but not over a loop.
+        if (tile > item.first_tile) shared.k_tiles.wait_full(k_turn);
         products_wait<0>();
         pin(o), pin(p);
-        leave(barriers.v_free + v_turn.stage() * 8);
-        v_turn.count++;
+        shared.v_tiles.leave(v_turn);
+        // Most tiles have no row with a new best score.
+        if (__ballot_sync(~0u, shrink[0] != 1.f || shrink[1] != 1.f))
 #pragma unroll
-        for (int i = 0; i < DIM / 2; i++) o[i] *= shrink[i >> 1 & 1];
+            for (int i = 0; i < DIM / 2; i++) o[i] *= shrink[i >> 1 & 1];
         pack_weights(p, s);
     }
-    barrier_wait(barriers.v_full + v_turn.stage() * 8, v_turn.parity());
-    if (ragged) clear_end(a, v + v_turn.stage() * TILE_BYTES, end, warpgroup);
+    shared.v_tiles.wait_full(v_turn);
+    if (ragged) clear_end(a, shared.v + v_turn.stage() * TILE_BYTES, end, warpgroup);
     pin(o), pin(p);
     products_begin();
-    weighted_values(o, p, v + v_turn.stage() * TILE_BYTES);
+    weighted_values(o, p, shared.v + v_turn.stage() * TILE_BYTES);
 #pragma unroll
     for (int h = 0; h < 2; h++) {
         sum[h] += __shfl_xor_sync(~0u, sum[h], 1);
@@ -221,69 +315,65 @@ __device__ __forceinline__ void attend(const Args &a, const Item &item, int warp
     }
     products_wait<0>();
     pin(o), pin(p);
-    leave(barriers.v_free + v_turn.stage() * 8);
-    v_turn.count++;
+    shared.v_tiles.leave(v_turn);
 
     // Through Q's place, so that rows are written whole. A warp's 16 rows are its own.
 #pragma unroll
     for (int i = 0; i < DIM / 4; i++) {
         int h = i & 1, row = row0 + 8 * h, chunk = i / 2;
         u32 to = q + chunk / 8 * 64 * 128 + row * 128 + ((chunk ^ row) & 7) * 16 + t * 4;
-        asm volatile("st.shared.u32 [%0], %1;" :: "r"(to), "r"(pack(o[2 * i] * sum[h], o[2 * i + 1] * sum[h])) : "memory");
+        store_shared(to, pack(o[2 * i] * sum[h], o[2 * i + 1] * sum[h]));
     }
     __syncwarp();
 #pragma unroll
     for (int j = 0; j < DIM / 16; j++) {
         int i = lane + 32 * j, row = thread / 32 * 16 + i / (DIM / 8), chunk = i % (DIM / 8), pair = pair0 + row;
-        uint4 x;
-        u32 from = q + chunk / 8 * 64 * 128 + row * 128 + ((chunk ^ row) & 7) * 16;
-        asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(from) : "memory");
-        if (pair < item.pairs)
-            *(uint4 *)(a.out + ((long long)(item.q_start + pair / group) * a.q_heads + item.kv_head * group + pair % group) * DIM + chunk * 8) = x;
+        uint4 x = load_shared_16(q + chunk / 8 * 64 * 128 + row * 128 + ((chunk ^ row) & 7) * 16);
+        if (pair < item.pairs) *(uint4 *)(a.out + item.offset(pair, a.q_heads) + chunk * 8) = x;
     }
 }
 
 // The warpgroups' shares of a multiprocessor's registers.
-#define REGISTERS_FETCHING 24
-#define REGISTERS_ATTENDING 240
+#define REGISTERS_FETCHING 40
+#define REGISTERS_ATTENDING 232
 
 extern "C" __global__ void __launch_bounds__(384, 1)
-prefill(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map, const Args a, int rows, int items, int nowhere) {
+prefill(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map, const Args a, const Items items, int nowhere) {
     extern __shared__ unsigned char memory[];
-    __shared__ u64 barrier_words[4 * STAGES];
+    __shared__ u64 barriers[2 * (ITEM_STAGES + K_STAGES + V_STAGES)];
+    __shared__ Item handed_out[ITEM_STAGES];
     let_next_start();
-    u32 q = (shared_address(memory) + 1023) / 1024 * 1024, k = q + 2 * QUERY_BYTES, v = k + STAGES * TILE_BYTES;
-    u32 first = shared_address(barrier_words);
-    Barriers barriers = {first, first + 8 * STAGES, first + 16 * STAGES, first + 24 * STAGES};
+    Shared shared;
+    shared.handed_out = handed_out;
+    shared.q = (shared_address(memory) + 1023) / 1024 * 1024;
+    shared.k = shared.q + ITEM_STAGES * 2 * QUERY_BYTES, shared.v = shared.k + K_STAGES * TILE_BYTES;
+    shared.items.first = shared_address(barriers), shared.k_tiles.first = shared.items.full(ITEM_STAGES);
+    shared.v_tiles.first = shared.k_tiles.full(K_STAGES);
     if (threadIdx.x == 0) {
-        for (int i = 0; i < STAGES; i++) {
-            barrier_init(barriers.k_full + 8 * i, 1), barrier_init(barriers.v_full + 8 * i, 1);
-            barrier_init(barriers.k_free + 8 * i, 8), barrier_init(barriers.v_free + 8 * i, 8);
-        }
+        // Items are left by the warps that multiply, and by the one that fetches tiles.
+        shared.items.init(1, 9), shared.k_tiles.init(1, 8), shared.v_tiles.init(1, 8);
         publish_barriers();
     }
     __syncthreads();
     wait_for_previous();
     int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
-    Turn k_turn, v_turn;
     if (warpgroup == 2) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(REGISTERS_FETCHING));
-        if (threadIdx.x >= 288) return;
-        for (int index = blockIdx.x; index < items; index += gridDim.x) {
-            Item item;
-            if (!item.find(a, index, rows)) continue;
-            // In the order in which they are taken.
-            fetch(a, item, k_map, item.last_tile, nowhere, k, barriers.k_full, barriers.k_free, k_turn);
-            for (int tile = item.last_tile; tile >= item.first_tile; tile--) {
-                if (tile > item.first_tile) fetch(a, item, k_map, tile - 1, nowhere, k, barriers.k_full, barriers.k_free, k_turn);
-                fetch(a, item, v_map, tile, nowhere, v, barriers.v_full, barriers.v_free, v_turn);
-            }
-        }
+        leave_registers<REGISTERS_FETCHING>();
+        int warp = threadIdx.x / 32;
+        if (warp == 8) fetch_tiles(a, shared, k_map, v_map, nowhere);
+        else if (warp == 9) take_items(a, items, shared);
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(REGISTERS_ATTENDING));
-        for (int index = blockIdx.x; index < items; index += gridDim.x) {
-            Item item;
-            if (item.find(a, index, rows)) attend(a, item, warpgroup, q + warpgroup * QUERY_BYTES, k, v, barriers, k_turn, v_turn);
+        take_registers<REGISTERS_ATTENDING>();
+        Turn<ITEM_STAGES> turn;
+        Turn<K_STAGES> k_turn;
+        Turn<V_STAGES> v_turn;
+        while (true) {
+            shared.items.wait_full(turn);
+            Item item = handed_out[turn.stage()];
+            if (item.row < 0) break;
+            attend(a, item, warpgroup, shared.q + (turn.stage() * 2 + warpgroup) * QUERY_BYTES, shared, k_turn, v_turn);
+            __syncwarp();
+            shared.items.leave(turn);
         }
     }
 }

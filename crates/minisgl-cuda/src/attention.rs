@@ -151,22 +151,27 @@ impl CudaBackend {
         let (k, v) = (page_matrix(&a.kv.k, a, 128).map()?, page_matrix(&a.kv.v, a, 128).map()?);
         let pairs = a.batch.extend_len_max.max(1) * (heads.q / heads.kv);
         let items = pairs.div_ceil(PAIRS) * rows * heads.kv;
-        let (rows, items_i32, nowhere) = (rows as i32, items as i32, cache_rows as i32);
-        let (module, defines) = prefill_variant(heads);
+        let row_bytes = a.batch.kv_len_max.max(1) * heads.kv * heads.dim * 2 * size_of::<u16>();
+        let section = (SECTION_BYTES / row_bytes).clamp(1, rows);
+        let shared_out = Items { count: items as i32, rows: rows as i32, section: section as i32 };
+        let nowhere = cache_rows as i32;
+        // The kernel leaves it at zero.
+        let asked = self.scratch("prefill items", DType::I32, &[1])?;
+        let args = Args { arrived: asked.address(), ..*args };
+        let (module, defines) = prefill_variant(heads, a.soft_cap.is_some());
         let function = self.kernels.get(module, &defines, "prefill")?;
         let shape = Launch {
             grid: [items.min(self.device.multiprocessors), 1, 1],
             threads: 384,
-            // Q, two tiles of K and two of V, and room to align them.
-            shared: 5 * PAIRS * heads.dim * 2 + 1024,
+            // Two items' Q, two tiles of K and three of V, and room to align them.
+            shared: 7 * PAIRS * heads.dim * 2 + 1024,
             cluster: 1,
         };
         let mut words = [
             address_of(&k),
             address_of(&v),
-            address_of(args),
-            address_of(&rows),
-            address_of(&items_i32),
+            address_of(&args),
+            address_of(&shared_out),
             address_of(&nowhere),
         ];
         // SAFETY: the kernel's parameters in order; the maps cover the cache, the rest is the step's.
@@ -191,8 +196,10 @@ pub(crate) fn split_variant(heads: Heads) -> Key {
 }
 
 /// The variant of `kernels/prefill.cu`.
-pub(crate) fn prefill_variant(heads: Heads) -> Key {
-    (Module::Prefill, vec![("DIM", heads.dim as i32)])
+pub(crate) fn prefill_variant(heads: Heads, soft_cap: bool) -> Key {
+    let (dim, group) = (heads.dim as i32, (heads.q / heads.kv) as i32);
+    let defines = vec![("DIM", dim), ("GROUP", group), ("SOFT_CAP", i32::from(soft_cap))];
+    (Module::Prefill, defines)
 }
 
 /// K or V as the bulk copy engine sees it: boxes of a page, or of so many of its rows.
@@ -204,6 +211,17 @@ pub(crate) fn page_matrix(pages: &Tensor, a: &Attention<'_>, box_rows_max: usize
         box_rows: a.batch.page_size.min(box_rows_max),
     }
 }
+
+/// As `Items` in `kernels/prefill.cu`.
+#[repr(C)]
+struct Items {
+    count: i32,
+    rows: i32,
+    section: i32,
+}
+
+/// K and V that `kernels/prefill.cu` works on at a time: what an H200's L2 cache of 50 MB keeps beside the rest.
+const SECTION_BYTES: usize = 32 << 20;
 
 /// (token, head of the group) pairs that `kernels/prefill.cu` takes at once.
 const PAIRS: usize = 128;

@@ -105,6 +105,8 @@ pub struct ModelShape {
     pub ranks: usize,
     /// Tokens in a page.
     pub page_size: usize,
+    /// Whether scores of attention are capped.
+    pub soft_cap: bool,
 }
 
 /// What decides which kernels can run.
@@ -170,10 +172,11 @@ impl ModelShape {
     /// The kernel files that such a model's steps take, as long as no step has more rows than the
     /// fastest of them can.
     pub(crate) fn modules(&self, card: Card, multiprocessors: usize) -> Vec<Key> {
-        let Self { kernels, heads, hidden, inner, ranks, page_size } = *self;
+        let Self { kernels, heads, hidden, inner, ranks, page_size, soft_cap } = *self;
         let by_warpgroups =
             kernels.prefill != PrefillKernel::Mma && card.prefills_by_warpgroups(heads, page_size);
-        let prefill = if by_warpgroups { prefill_variant(heads) } else { tiled_variant(heads) };
+        let prefill =
+            if by_warpgroups { prefill_variant(heads, soft_cap) } else { tiled_variant(heads) };
         let decode = match kernels.decode {
             _ if decodes_as_prefill(card, heads) => None,
             DecodeKernel::Split => Some(split_variant(heads)),
@@ -215,7 +218,7 @@ mod tests {
     fn model(kernels: &str, q: usize, kv: usize, dim: usize, page_size: usize) -> ModelShape {
         let heads = Heads { q, kv, dim };
         let kernels = kernels.parse().unwrap();
-        ModelShape { kernels, heads, hidden: 0, inner: 0, ranks: 1, page_size }
+        ModelShape { kernels, heads, hidden: 0, inner: 0, ranks: 1, page_size, soft_cap: false }
     }
 
     const H200: Card = Card { exact: false, capability: (9, 0) };
@@ -227,8 +230,10 @@ mod tests {
             modules.iter().map(|(module, defines)| format!("{module:?} {defines:?}")).collect()
         };
         let qwen = |kernels| model(kernels, 16, 8, 128, 16);
-        let (prefill, stream) =
-            ("Prefill [(\"DIM\", 128)]", "Decode [(\"DIM\", 128), (\"HALVES\", 1)]");
+        let (prefill, stream) = (
+            "Prefill [(\"DIM\", 128), (\"GROUP\", 2), (\"SOFT_CAP\", 0)]",
+            "Decode [(\"DIM\", 128), (\"HALVES\", 1)]",
+        );
         assert_eq!(names(qwen("auto"), H200), [prefill, stream]);
         assert_eq!(
             names(qwen("auto,cascade"), H200),
@@ -250,7 +255,8 @@ mod tests {
         assert_eq!(names(qwen("auto"), old), [tiled, split]);
         assert_eq!(names(qwen("mma,split"), H200), [tiled, split]);
         assert_eq!(names(qwen("auto"), Card { exact: true, ..H200 }), [tiled]);
-        assert_eq!(names(model("auto", 32, 1, 128, 16), H200), [prefill]);
+        let large_group = "Prefill [(\"DIM\", 128), (\"GROUP\", 32), (\"SOFT_CAP\", 0)]";
+        assert_eq!(names(model("auto", 32, 1, 128, 16), H200), [large_group]);
     }
 
     #[test]

@@ -46,8 +46,13 @@ fn kernels_compile_without_spills() {
                 }
             }
         }
-        for dim in [64, 128].into_iter().filter(|_| arch == "sm_90a") {
-            check(Module::Prefill, &[("DIM", dim)], arch, false, true);
+        for (dim, group) in
+            [(64, 1), (64, 7), (128, 2), (128, 5)].into_iter().filter(|_| arch == "sm_90a")
+        {
+            for soft_cap in [0, 1] {
+                let defines = [("DIM", dim), ("GROUP", group), ("SOFT_CAP", soft_cap)];
+                check(Module::Prefill, &defines, arch, false, true);
+            }
         }
         for dim in [64, 128, 256].into_iter().filter(|_| arch != "sm_80") {
             for halves in [1, 2] {

@@ -12,13 +12,15 @@ use rayon::prelude::*;
 const SEEDS: [&str; 4] = ["1", "2", "3", "4"];
 
 /// Programs of `emulator`, and what the kernel is specialised by.
-const PROGRAMS: [(&str, &[(&str, i32)]); 9] = [
+const PROGRAMS: [(&str, &[(&str, i32)]); 11] = [
     ("attend", &[("DIM", 128), ("GROUP", 2), ("SECOND", 2)]),
     ("attend", &[("DIM", 64), ("GROUP", 12), ("SECOND", 2)]),
     ("decode", &[("DIM", 128), ("GROUP", 2), ("CASCADE", 0)]),
     ("decode", &[("DIM", 64), ("GROUP", 4), ("CASCADE", 1)]),
     ("mlp", &[("CLUSTER", 8), ("FIRST", 2), ("SECOND", 4)]),
     ("mlp", &[("CLUSTER", 8), ("FIRST", 4), ("SECOND", 2)]),
+    ("prefill", &[("DIM", 128), ("GROUP", 2), ("SOFT_CAP", 0)]),
+    ("prefill", &[("DIM", 64), ("GROUP", 3), ("SOFT_CAP", 1)]),
     ("wide", &[("STAGES", 8), ("NORM", 0), ("GATED", 0), ("OUT_F32", 1)]),
     ("wide", &[("STAGES", 12), ("NORM", 1), ("GATED", 0), ("OUT_F32", 0)]),
     ("wide", &[("STAGES", 10), ("NORM", 1), ("GATED", 1), ("OUT_F32", 0)]),

@@ -86,6 +86,7 @@ fn open_ranks(
                     inner: config.intermediate_size,
                     ranks,
                     page_size,
+                    soft_cap: config.attention_soft_cap.is_some(),
                 });
                 Ok(Arc::new(CudaBackend::new(CudaOptions { device, precision, model })?))
             };

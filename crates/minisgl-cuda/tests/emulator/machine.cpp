@@ -166,6 +166,7 @@ struct Block {
         if (!current->has_waited_for_previous) fail("ends without having waited for the kernel in front");
         for (const auto &group : current->copies)
             if (group->under_way) fail("ends without having waited for its copies");
+        if (current->products.size() > 1 || !current->products.front().empty()) fail("ends without having waited for its products");
         current->has_ended = true;
         current->block->alive--;
         _longjmp(scheduler, 1);
@@ -270,6 +271,16 @@ void wait_for_copy_groups(int pending) {
     });
     groups.erase(groups.begin(), groups.begin() + awaited);
 }
+
+void product_later(std::function<void()> product) { current->products.back().push_back(std::move(product)); }
+void end_products() { current->products.emplace_back(); }
+void wait_for_products(int pending) {
+    auto &groups = current->products;
+    // The last group is open, and never waited for.
+    for (; int(groups.size()) - 1 > pending; groups.pop_front())
+        for (auto &product : groups.front()) product();
+}
+bool takes_factors_early() { return one_in(2); }
 
 Index block_index() { return {current->block->index}; }
 Meeting &named_meeting(int number) { return current->block->named[number]; }

@@ -61,6 +61,8 @@ struct Thread {
     const char *waits_for = "its turn";
     std::function<bool()> ready = [] { return true; };
     std::deque<std::unique_ptr<CopyGroup>> copies;
+    // Products of four warps that are under way, by the groups in which they are waited for.
+    std::deque<std::vector<std::function<void()>>> products{1};
     unsigned cluster_phase = 0;
     jmp_buf resume;
 };
@@ -103,6 +105,12 @@ void later(std::function<void()> what);
 void copy_later(std::function<void()> copy);
 void end_copy_group();
 void wait_for_copy_groups(int pending);
+
+// The same for a thread's share of products; whether the next one's factors are read now or only then.
+void product_later(std::function<void()> product);
+void end_products();
+void wait_for_products(int pending);
+bool takes_factors_early();
 
 Index block_index();
 Meeting &named_meeting(int number);

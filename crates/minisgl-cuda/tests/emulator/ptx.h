@@ -98,6 +98,23 @@ inline void named_barrier(int number, int threads) { machine::named_meeting(numb
 inline void named_arrive(int number, int threads) { machine::named_meeting(number).arrive(threads); }
 
 inline void store_shared(u32 address, u32 value) { memcpy(bytes_at(address), &value, 4); }
+inline void store_shared(u32 address, uint4 x) {
+    check_aligned("to", address, 16);
+    memcpy(bytes_at(address), &x, 16);
+}
+inline u32 load_shared(u32 address) {
+    u32 x;
+    memcpy(&x, bytes_at(address), 4);
+    return x;
+}
+inline uint4 load_shared_16(u32 address) {
+    check_aligned("from", address, 16);
+    uint4 x;
+    memcpy(&x, bytes_at(address), 16);
+    return x;
+}
+template <int COUNT> void take_registers() {}
+template <int COUNT> void leave_registers() {}
 inline void publish_shared() {}
 
 // Lane 8m + i names row i of matrix m.
@@ -128,19 +145,44 @@ inline void fetch_bytes(u32 to, const void *from, u32 bytes, u32 barrier) {
     land_later(barrier, int(bytes), [=] { memcpy(bytes_at(to), from, bytes); });
 }
 
-// Of a matrix whose boxes are 16 rows in the 128-byte swizzle, as `Matrix::map_parts` describes it.
+// Where an address lies in the 128-byte swizzle.
+inline u32 swizzled(u32 place) { return place ^ (place >> 7 & 7) << 4; }
+
+// Of a matrix whose boxes are 64 columns in the 128-byte swizzle, as `Matrix` describes it.
 struct TensorMap {
     const bf16 *from;
-    int rows, columns;
+    int rows, columns, box_rows = 16, halves = 1;
 };
 inline void prefetch_map(const TensorMap &) {}
+// A box at column `x`, whose rows `row_at` names: zeros where the matrix has none.
+template <typename RowAt> void fetch_rows(u32 to, const TensorMap &map, u32 barrier, int x, RowAt row_at) {
+    check_aligned("to", to, 1024);
+    land_later(barrier, map.box_rows * 128, [=] {
+        for (int i = 0; i < map.box_rows; i++)
+            for (int column = 0; column < 64; column += 8) {
+                unsigned char *bytes = bytes_at(swizzled(to + i * 128 + column * 2));
+                int row = row_at(i);
+                if (row >= 0 && x + column < map.columns) memcpy(bytes, map.from + size_t(row) * map.columns + x + column, 16);
+                else memset(bytes, 0, 16);
+            }
+    });
+}
+inline void fetch_box(u32 to, const TensorMap &map, u32 barrier, int x, int y) {
+    fetch_rows(to, map, barrier, x, [rows = map.rows, y](int i) { return y + i < rows ? y + i : -1; });
+}
+inline void fetch_groups(u32 to, const TensorMap &map, u32 barrier, int x, int y) {
+    fetch_rows(to, map, barrier, x, [half = map.rows / map.halves, halves = map.halves, y](int i) {
+        int row = (y + i / 8 / halves) * 8 + i % 8;
+        return row < half ? i / 8 % halves * half + row : -1;
+    });
+}
 inline void fetch_parts(u32 to, const TensorMap &map, u32 barrier, int y) {
     check_aligned("to", to, 1024);
     land_later(barrier, 16 * map.columns * 2, [=] {
         for (int row = 0; row < 16; row++)
             for (int column = 0; column < map.columns; column += 8) {
                 u32 place = to + column / 64 * 16 * 128 + row * 128 + column % 64 * 2;
-                unsigned char *bytes = bytes_at(place ^ (place >> 7 & 7) << 4);
+                unsigned char *bytes = bytes_at(swizzled(place));
                 if (y + row < map.rows) memcpy(bytes, map.from + size_t(y + row) * map.columns + column, 16);
                 else memset(bytes, 0, 16);
             }
@@ -167,3 +209,67 @@ template <typename V> void send_value(u32 to, u32 barrier, V value) {
 }
 inline void send(u32 to, u32 barrier, float a, float b, float c, float d) { send_value(to, barrier, float4{a, b, c, d}); }
 inline void send(u32 to, u32 barrier, float x) { send_value(to, barrier, x); }
+
+// A factor is its address, and how far apart its blocks of 64 columns are: rows of 128 bytes.
+inline u64 factor(u32 address, u32 columns_apart = 16) { return address | u64(columns_apart) << 32; }
+inline u64 along(u64 factor, u32 bytes) { return factor + bytes; }
+// A number in row `row` of the factor.
+inline float element(u64 factor, int row, int column) {
+    u32 place = u32(factor) + column / 64 * u32(factor >> 32) + row * 128 + column % 64 * 2;
+    bf16 x;
+    memcpy(&x, bytes_at(swizzled(place)), sizeof x);
+    return to_float(x);
+}
+inline void products_begin() {}
+inline void products_commit() { machine::end_products(); }
+template <int PENDING> void products_wait() {
+    machine::wait_for_products(PENDING);
+    // A warp waits as one: when a lane says that factors may be overwritten, all have read them.
+    __syncwarp();
+}
+template <typename V, int COUNT> void pin(V (&)[COUNT]) {}
+
+// Half of the products take their factors when they begin, half when they are waited for.
+template <int COLUMNS> struct Product {
+    // `of_a`: row and place in it.
+    template <int TRANSPOSED_B, typename OfA> static void later(float (&d)[COLUMNS / 2], OfA of_a, u64 b, int accumulate) {
+        int g = current->lane / 4, t = current->lane & 3;
+        auto multiply = [=] {
+            std::vector<float> sums(COLUMNS / 2);
+            for (int i = 0; i < COLUMNS / 2; i++)
+                for (int k = 0; k < 16; k++) {
+                    int column = i / 4 * 8 + 2 * t + i % 2;
+                    sums[i] += of_a(g + i / 2 % 2 * 8, k) * (TRANSPOSED_B ? element(b, k, column) : element(b, column, k));
+                }
+            return sums;
+        };
+        bool is_early = machine::takes_factors_early();
+        machine::product_later([=, &d, taken = is_early ? multiply() : std::vector<float>()] {
+            std::vector<float> sums = is_early ? taken : multiply();
+            for (int i = 0; i < COLUMNS / 2; i++) d[i] = (accumulate ? d[i] : 0) + sums[i];
+        });
+    }
+    template <int TRANSPOSED_B> static void shared(float (&d)[COLUMNS / 2], u64 a, u64 b, int accumulate) {
+        int first = int(current->index.x) / 32 % 4 * 16;
+        later<TRANSPOSED_B>(d, [=](int row, int k) { return element(a, first + row, k); }, b, accumulate);
+    }
+    template <int TRANSPOSED_B> static void registers(float (&d)[COLUMNS / 2], const u32 *a, u64 b, int accumulate) {
+        struct Lane { u32 a[4]; };
+        struct Rows { float at[16][16]; } rows;
+        Lane mine;
+        memcpy(mine.a, a, sizeof mine.a);
+        exchange(mine, [&](auto of) {
+            for (int lane = 0; lane < machine::LANES; lane++) {
+                Lane from = of(lane);
+                for (int i = 0; i < 4; i++) {
+                    float *to = &rows.at[lane / 4 + i % 2 * 8][2 * (lane & 3) + i / 2 * 8];
+                    to[0] = low_half(from.a[i]), to[1] = high_half(from.a[i]);
+                }
+            }
+        });
+        later<TRANSPOSED_B>(d, [=](int row, int k) {
+            if (memcmp(mine.a, a, sizeof mine.a)) fail("a factor in registers is written before its product is there");
+            return rows.at[row][k];
+        }, b, accumulate);
+    }
+};

@@ -97,8 +97,15 @@ fn decodes_over_shared_prefixes() {
     for heads in [h(16, 8, 128), h(10, 2, 128), h(8, 1, 64), h(3, 3, 64), h(8, 2, 256)] {
         for page_size in [16, 64] {
             let kernels = "auto,cascade".parse().unwrap();
-            let model =
-                Some(ModelShape { kernels, heads, hidden: 0, inner: 0, ranks: 1, page_size });
+            let model = Some(ModelShape {
+                kernels,
+                heads,
+                hidden: 0,
+                inner: 0,
+                ranks: 1,
+                page_size,
+                soft_cap: false,
+            });
             let precision = Precision::Native;
             let backend = match CudaBackend::new(CudaOptions { device: 0, precision, model }) {
                 Ok(backend) => backend,
