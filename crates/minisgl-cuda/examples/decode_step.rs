@@ -369,7 +369,8 @@ fn lots(
     shared_pages: usize,
 ) -> Result<Option<SharedPrefixes>> {
     let (lots, size) = (rows / 2, b.prefix_rows_max(heads));
-    if size < 2 || lots == 0 {
+    // As an engine does whose rows share too little, unless asked for.
+    if size < 2 || lots == 0 || b.prefix_tokens_min() > 0 {
         return Ok(None);
     }
     let ints = |values: Vec<i32>, shape: &[usize]| -> Result<Tensor> {

@@ -410,6 +410,10 @@ impl Backend for CudaBackend {
         self.lot_size(heads)
     }
 
+    fn prefix_tokens_min(&self) -> usize {
+        self.spared_tokens_min()
+    }
+
     fn rope_attention(
         &self,
         store: &RopeStore<'_>,

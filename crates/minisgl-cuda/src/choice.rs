@@ -38,7 +38,7 @@ pub enum PrefillKernel {
 /// Attention of rows with one new token.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum DecodeKernel {
-    /// `Stream` where it can run, else `Split`.
+    /// `Stream` where it can run, and `Cascade` in steps where that spares much; else `Split`.
     #[default]
     Auto,
     /// Blocks that share a row's context, on any card (`kernels/attention.cu`).
@@ -183,7 +183,10 @@ impl ModelShape {
             _ if !card.streams_decode(heads, page_size) => Some(split_variant(heads)),
             _ => Some(stream_variant(heads, false)),
         };
-        let cascade = kernels.decode == DecodeKernel::Cascade;
+        let cascade = match kernels.decode {
+            DecodeKernel::Auto => card.cascades(heads, page_size),
+            decode => decode == DecodeKernel::Cascade,
+        };
         let cascade = cascade.then(|| stream_variant(heads, true));
         let mut all: Vec<Key> = [Some(prefill), decode, cascade].into_iter().flatten().collect();
         if card.fuses_layers() && hidden > 0 {
@@ -234,19 +237,18 @@ mod tests {
             "Prefill [(\"DIM\", 128), (\"GROUP\", 2), (\"SOFT_CAP\", 0)]",
             "Decode [(\"DIM\", 128), (\"HALVES\", 1)]",
         );
-        assert_eq!(names(qwen("auto"), H200), [prefill, stream]);
-        assert_eq!(
-            names(qwen("auto,cascade"), H200),
-            [prefill, stream, "Decode [(\"DIM\", 128), (\"HALVES\", 2), (\"CASCADE\", 1)]"]
-        );
+        let cascade = "Decode [(\"DIM\", 128), (\"HALVES\", 2), (\"CASCADE\", 1)]";
+        assert_eq!(names(qwen("auto"), H200), [prefill, stream, cascade]);
+        assert_eq!(names(qwen("auto,cascade"), H200), [prefill, stream, cascade]);
+        assert_eq!(names(qwen("auto,stream"), H200), [prefill, stream]);
         let whole = ModelShape { hidden: 1024, inner: 3072, ..qwen("auto") };
-        let layers = |ranks: usize| names(ModelShape { ranks, ..whole }, H200)[2..].to_vec();
+        let layers = |ranks: usize| names(ModelShape { ranks, ..whole }, H200)[3..].to_vec();
         assert!(layers(1)[0].starts_with("Attend") && layers(1)[1].starts_with("Mlp"));
         assert!(layers(2).is_empty());
         // Qwen3-14B's rows are long: no layer in halves, but products of their own, also over two ranks.
         let large = ModelShape { hidden: 5120, inner: 17408, ..model("auto", 40, 8, 128, 16) };
         for ranks in [1, 2] {
-            let products = names(ModelShape { ranks, ..large }, H200)[2..].to_vec();
+            let products = names(ModelShape { ranks, ..large }, H200)[3..].to_vec();
             assert!(!products.is_empty() && products.iter().all(|name| name.starts_with("Wide")));
         }
         let tiled = "Attention [(\"DIM\", 128), (\"DECODE\", 0)]";

@@ -93,6 +93,10 @@ impl Block {
     }
 }
 
+/// Below this, prefixes that are read once come from the L2 cache for all rows anyway, and dividing rows in
+/// two costs more than it spares: see `docs/benchmarks/h200-engine.md`.
+const SPARED_TOKENS_MIN: usize = 1024;
+
 /// Of a product's 16 rows, how many times 8 so many heads take.
 fn halves(heads: usize) -> usize {
     heads.div_ceil(8)
@@ -143,9 +147,15 @@ impl CudaBackend {
 
     /// As `Backend::prefix_rows_max`.
     pub(crate) fn lot_size(&self, heads: Heads) -> usize {
-        // That the pages are what it takes was made sure of when the kernel was chosen.
+        // Pages that it does not take are refused at the start, or make no use of this.
         let can = self.card().cascades(heads, TILE);
-        if self.attention.decode == DecodeKernel::Cascade && can { lot_size(heads) } else { 1 }
+        let wanted = matches!(self.attention.decode, DecodeKernel::Auto | DecodeKernel::Cascade);
+        if wanted && can { lot_size(heads) } else { 1 }
+    }
+
+    /// As `Backend::prefix_tokens_min`.
+    pub(crate) fn spared_tokens_min(&self) -> usize {
+        if self.attention.decode == DecodeKernel::Auto { SPARED_TOKENS_MIN } else { 0 }
     }
 
     /// What the step's rows share, where its attention is to make use of that.

@@ -28,6 +28,8 @@ pub struct Inputs {
     seq_len_max: usize,
     /// As `Backend::prefix_rows_max`, for this rank's heads.
     prefix_rows_max: usize,
+    /// As `Backend::prefix_tokens_min`.
+    prefix_tokens_min: usize,
 }
 
 /// A step as the device sees it.
@@ -116,7 +118,17 @@ impl Inputs {
             page_size,
             seq_len_max,
             prefix_rows_max,
+            prefix_tokens_min: backend.prefix_tokens_min(),
         })
+    }
+
+    /// Whether steps of several decode rows come with shared prefixes, without, or some so and some so.
+    pub fn shares(&self) -> &'static [bool] {
+        match (self.prefix_rows_max, self.prefix_tokens_min) {
+            (..2, _) => &[false],
+            (_, 0) => &[true],
+            _ => &[false, true],
+        }
     }
 
     /// Uploads a plan. With `bucket`, the step is padded to that many rows of one token each, and
@@ -237,7 +249,7 @@ impl Inputs {
     }
 
     /// Deals rows that share a prefix into lots. There is room for the most lots that so many rows can
-    /// be, so that a graph finds every step's in the same place.
+    /// be, so that a graph finds every step's in the same place. `None` where that spares too little.
     fn pack_shared(
         &self,
         packer: &mut Packer<'_>,
@@ -249,11 +261,12 @@ impl Inputs {
             return None;
         }
         let (mut lot_rows, mut lot_tokens) = (Vec::new(), Vec::new());
-        let mut covered = vec![0; decode_rows];
+        let (mut covered, mut spared) = (vec![0; decode_rows], 0);
         for prefix in &plan.shared_prefixes {
             let tokens = prefix.pages as i32 * self.page_size as i32;
             for lot in prefix.rows.chunks(lot_size).filter(|lot| lot.len() > 1) {
                 lot_tokens.push(tokens);
+                spared += (lot.len() - 1) * tokens as usize;
                 let end = lot_rows.len() + lot_size;
                 lot_rows.extend(lot.iter().map(|row| *row as i32));
                 lot_rows.resize(end, -1);
@@ -263,7 +276,7 @@ impl Inputs {
         let rows = packer.push_padded(lot_rows, lots_max * lot_size, -1);
         let tokens = packer.push_padded(lot_tokens, lots_max, 0);
         let covered = packer.push(covered);
-        Some(SharedPrefixes {
+        (spared >= self.prefix_tokens_min * plan.rows.len()).then(|| SharedPrefixes {
             rows: self.view(rows).reshape(&[lots_max, lot_size]),
             tokens: self.view(tokens),
             covered: self.view(covered),
@@ -392,6 +405,17 @@ mod tests {
         assert_eq!(integers(&backend, &shared.rows)[6..], [-1; 6]);
         assert_eq!(integers(&backend, &shared.tokens), [20, 28, 0, 0]);
         assert_eq!(integers(&backend, &shared.covered), [20, 28, 20, 20, 28, 0, 0, 0]);
+        assert_eq!(inputs.shares(), [true]);
+
+        // 68 tokens are read once instead of twice or more, for 7 rows.
+        for (tokens_min, is_worth_it) in [(9, true), (10, false)] {
+            inputs.prefix_tokens_min = tokens_min;
+            let with = inputs.upload(&backend, &plan, Some(8)).unwrap();
+            assert_eq!(with.batch.shared.is_some(), is_worth_it);
+            assert_eq!(inputs.shares(), [false, true]);
+            // Padding is for recording both.
+            assert!(inputs.upload_padding(&backend, 8).unwrap().batch.shared.is_some());
+        }
         // One row shares with nobody, and takes the way of a backend that does not ask.
         assert!(inputs.upload_padding(&backend, 1).unwrap().batch.shared.is_none());
     }

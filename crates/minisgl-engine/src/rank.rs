@@ -171,7 +171,8 @@ impl Rank {
         let inputs = self.loaded.inputs.upload(backend.as_ref(), plan, bucket)?;
         let sampled = inputs.sampled_rows.len();
         if let Some(bucket) = bucket {
-            let logits = self.graphs.launch(bucket)?.first(sampled);
+            let shares = inputs.batch.shared.is_some();
+            let logits = self.graphs.launch(bucket, shares)?.first(sampled);
             return sampler::sample(&*backend, &self.loaded.workspace, plan, &inputs, &logits);
         }
         let ctx = self.ctx(&inputs.batch, &inputs.ids);
@@ -267,21 +268,28 @@ impl Rank {
         Ok(())
     }
 
-    /// Records the forward pass of a decode batch; false on a device without graphs.
+    /// Records the forward pass of a decode batch, in all ways in which such batches come; false on a
+    /// device without graphs.
     fn capture(&mut self, size: usize) -> Result<bool, BackendError> {
         let backend = Arc::clone(&self.loaded.devices.backend);
         let inputs = self.loaded.inputs.upload_padding(backend.as_ref(), size)?;
-        let batch = Batch { host: None, ..inputs.batch };
-        let ctx = self.ctx(&batch, &inputs.ids);
-        let mut logits = None;
-        let mut forward = || {
-            self.loaded.model.forward(&ctx)?;
-            logits = Some(self.loaded.model.head().forward(&ctx, &ctx.hidden())?);
-            Ok(())
-        };
-        let graph = backend.capture(&mut forward)?;
-        let (Some(graph), Some(logits)) = (graph, logits) else { return Ok(false) };
-        self.graphs.push(size, graph, logits);
+        // A single row has nobody to share with.
+        let ways =
+            if inputs.batch.shared.is_some() { self.loaded.inputs.shares() } else { &[false] };
+        for &shares in ways {
+            let shared = inputs.batch.shared.clone().filter(|_| shares);
+            let batch = Batch { host: None, shared, ..inputs.batch.clone() };
+            let ctx = self.ctx(&batch, &inputs.ids);
+            let mut logits = None;
+            let mut forward = || {
+                self.loaded.model.forward(&ctx)?;
+                logits = Some(self.loaded.model.head().forward(&ctx, &ctx.hidden())?);
+                Ok(())
+            };
+            let graph = backend.capture(&mut forward)?;
+            let (Some(graph), Some(logits)) = (graph, logits) else { return Ok(false) };
+            self.graphs.push(size, shares, graph, logits);
+        }
         Ok(true)
     }
 

@@ -38,10 +38,11 @@ fn requests() -> Vec<NewRequest> {
     (0..6).map(one).collect()
 }
 
-/// The tokens, and how often a row of a rank was taken through a prefix with others.
+/// The tokens, and how often a row of a rank was taken through a prefix with others. `sharing`:
+/// `Backend::prefix_rows_max` and `prefix_tokens_min`.
 fn serve(
     ranks: usize,
-    prefix_rows_max: usize,
+    sharing: (usize, usize),
     page_size: usize,
 ) -> (BTreeMap<u64, Vec<u32>>, Vec<usize>) {
     let tiny = Tiny::load("qwen2");
@@ -58,7 +59,10 @@ fn serve(
     };
     let group = reference::group(ranks);
     let backends: Vec<_> = group.iter().map(|(backend, _)| Arc::clone(backend)).collect();
-    backends.iter().for_each(|backend| backend.prefix_rows_max.store(prefix_rows_max, SeqCst));
+    for backend in &backends {
+        backend.prefix_rows_max.store(sharing.0, SeqCst);
+        backend.prefix_tokens_min.store(sharing.1, SeqCst);
+    }
     let ranks = group.into_iter().map(|(backend, end)| (backend as Arc<dyn Backend>, end));
     let checkpoint = Arc::new(Checkpoint::open(tiny.folder()).unwrap());
     let engine = LocalEngine::new(checkpoint, &options, ranks.collect()).unwrap();
@@ -84,15 +88,24 @@ fn serve(
 #[test]
 fn a_prefix_read_where_the_first_row_has_it_gives_the_same_tokens() {
     for page_size in [4, 16] {
-        let (expected, shared) = serve(1, 1, page_size);
+        let (expected, shared) = serve(1, (1, 0), page_size);
         assert_eq!((expected.len(), shared), (6, vec![0]));
         for lot in [2, 3, 8] {
-            let (answers, shared) = serve(1, lot, page_size);
+            let (answers, shared) = serve(1, (lot, 0), page_size);
             assert_eq!(answers, expected, "lots of {lot}, pages of {page_size}");
             assert!(shared[0] > 0, "lots of {lot}, pages of {page_size}");
         }
-        let (answers, shared) = serve(2, 3, page_size);
+        let (answers, shared) = serve(2, (3, 0), page_size);
         assert_eq!(answers, expected, "two ranks");
         assert!(shared[0] > 0 && shared[0] == shared[1], "both ranks have the same lots");
     }
+}
+
+#[test]
+fn prefixes_are_left_to_each_row_in_steps_that_they_would_spare_little() {
+    let (expected, always) = serve(1, (8, 0), 4);
+    let (answers, sometimes) = serve(1, (8, 30), 4);
+    assert_eq!(answers, expected);
+    assert!(0 < sometimes[0] && sometimes[0] < always[0], "{sometimes:?} of {always:?}");
+    assert_eq!(serve(1, (8, 1000), 4), (expected, vec![0]));
 }

@@ -130,6 +130,11 @@ pub trait Backend: Send + Sync {
     fn prefix_rows_max(&self, _heads: Heads) -> usize {
         1
     }
+    /// How many tokens reading shared prefixes at once must spare a decode row, on a step's average, for
+    /// a step to come with `Batch::shared`. 0: steps always do, where `prefix_rows_max` is above 1.
+    fn prefix_tokens_min(&self) -> usize {
+        0
+    }
     /// `rope_store`, then `attention`, of the same step and layer. A device may do both in one pass;
     /// what it leaves in `qkv` is then its own affair.
     fn rope_attention(
@@ -309,7 +314,7 @@ pub struct Batch {
     pub kv_len_max: usize,
     /// The most tokens in one row.
     pub extend_len_max: usize,
-    /// What decode rows have in common, where the backend asked for it.
+    /// What decode rows have in common, where the backend asked for it and it is much.
     pub shared: Option<SharedPrefixes>,
 }
 

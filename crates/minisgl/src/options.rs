@@ -78,7 +78,7 @@ pub struct RuntimeOptions {
 
     /// Attention kernels of an NVIDIA GPU: auto, mma or wgmma for prompts, then auto, split, stream
     /// or cascade for single tokens, where cascade reads a prefix that requests share once for several
-    /// of them; auto alone is never cascade, else the fastest that can run
+    /// of them; auto is the fastest that can run, and cascade in steps whose prefixes are long enough
     #[arg(
         long,
         visible_alias = "attention-backend",

@@ -235,7 +235,8 @@ impl<'a> Layout<'a> {
         let (count, tokens) = (rows.len(), self.tokens());
         let kv_len: Vec<i32> = rows.iter().map(|x| (x.0 + x.1) as i32).collect();
         let decode_rows = rows.iter().take_while(|x| x.1 == 1).count();
-        let lot_size = r.b.prefix_rows_max(heads);
+        // Rows that share so little come without lots where these are not asked for.
+        let lot_size = if r.b.prefix_tokens_min() > 0 { 1 } else { r.b.prefix_rows_max(heads) };
         Batch {
             rows: count,
             tokens,

@@ -28,6 +28,8 @@ pub struct Reference {
     pub marks: AtomicUsize,
     /// As `Backend::prefix_rows_max`, where it is not 0.
     pub prefix_rows_max: AtomicUsize,
+    /// As `Backend::prefix_tokens_min`.
+    pub prefix_tokens_min: AtomicUsize,
     /// Rows that attention has taken through a prefix with others.
     pub shared_rows: AtomicUsize,
     /// Bytes of weights and tensors that there is room for; 0 for plenty.
@@ -326,6 +328,10 @@ impl Backend for Reference {
 
     fn prefix_rows_max(&self, _: Heads) -> usize {
         self.prefix_rows_max.load(Ordering::SeqCst).max(1)
+    }
+
+    fn prefix_tokens_min(&self) -> usize {
+        self.prefix_tokens_min.load(Ordering::SeqCst)
     }
 
     fn attention(&self, a: &Attention<'_>, qkv: &Tensor, out: &Tensor) -> Result<()> {
