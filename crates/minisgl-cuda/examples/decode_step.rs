@@ -370,7 +370,7 @@ fn lots(
 ) -> Result<Option<SharedPrefixes>> {
     let (lots, size) = (rows / 2, b.prefix_rows_max(heads));
     // As an engine does whose rows share too little, unless asked for.
-    if size < 2 || lots == 0 || b.prefix_tokens_min() > 0 {
+    if size < 2 || lots == 0 || !b.prefixes_pay(rows, 0) {
         return Ok(None);
     }
     let ints = |values: Vec<i32>, shape: &[usize]| -> Result<Tensor> {

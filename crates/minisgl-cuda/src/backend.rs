@@ -410,8 +410,8 @@ impl Backend for CudaBackend {
         self.lot_size(heads)
     }
 
-    fn prefix_tokens_min(&self) -> usize {
-        self.spared_tokens_min()
+    fn prefixes_pay(&self, rows: usize, spared: usize) -> bool {
+        self.lots_pay(rows, spared)
     }
 
     fn rope_attention(

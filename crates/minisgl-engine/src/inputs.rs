@@ -28,8 +28,6 @@ pub struct Inputs {
     seq_len_max: usize,
     /// As `Backend::prefix_rows_max`, for this rank's heads.
     prefix_rows_max: usize,
-    /// As `Backend::prefix_tokens_min`.
-    prefix_tokens_min: usize,
 }
 
 /// A step as the device sees it.
@@ -118,17 +116,7 @@ impl Inputs {
             page_size,
             seq_len_max,
             prefix_rows_max,
-            prefix_tokens_min: backend.prefix_tokens_min(),
         })
-    }
-
-    /// Whether steps of several decode rows come with shared prefixes, without, or some so and some so.
-    pub fn shares(&self) -> &'static [bool] {
-        match (self.prefix_rows_max, self.prefix_tokens_min) {
-            (..2, _) => &[false],
-            (_, 0) => &[true],
-            _ => &[false, true],
-        }
     }
 
     /// Uploads a plan. With `bucket`, the step is padded to that many rows of one token each, and
@@ -142,7 +130,7 @@ impl Inputs {
         let updates = self.apply_updates(backend, &plan.page_updates)?;
         let mut host = std::mem::take(&mut self.host);
         host.clear();
-        let inputs = self.pack(&mut host, plan, bucket);
+        let inputs = self.pack(backend, &mut host, plan, bucket);
         let mut packer = Packer(&mut host);
         let indices = packer.push(updates.iter().map(|update| self.flat(update) as i32));
         let pages = packer.push(updates.iter().map(|update| update.page.0 as i32));
@@ -198,7 +186,13 @@ impl Inputs {
         update.slot.0 as usize * self.pages_per_slot + update.index as usize
     }
 
-    fn pack(&self, host: &mut Vec<i32>, plan: &StepPlan, bucket: Option<usize>) -> StepInputs {
+    fn pack(
+        &self,
+        backend: &dyn Backend,
+        host: &mut Vec<i32>,
+        plan: &StepPlan,
+        bucket: Option<usize>,
+    ) -> StepInputs {
         let pad = bucket.unwrap_or(0);
         let rows = &plan.rows;
         let mut packer = Packer(host);
@@ -223,7 +217,7 @@ impl Inputs {
             Some(bucket) => bucket,
             None => rows.iter().take_while(|row| row.extend_len == 1).count(),
         };
-        let shared = self.pack_shared(&mut packer, plan, decode_rows);
+        let shared = self.pack_shared(backend, &mut packer, plan, decode_rows);
         let host_batch =
             HostBatch { query_start: starts, kv_len: packer.0[kv_len.clone()].to_vec() };
         let batch = Batch {
@@ -249,9 +243,11 @@ impl Inputs {
     }
 
     /// Deals rows that share a prefix into lots. There is room for the most lots that so many rows can
-    /// be, so that a graph finds every step's in the same place. `None` where that spares too little.
+    /// be, so that a graph finds every step's in the same place. `None` where it would not pay; a batch of
+    /// padding, to record with, always has them.
     fn pack_shared(
         &self,
+        backend: &dyn Backend,
         packer: &mut Packer<'_>,
         plan: &StepPlan,
         decode_rows: usize,
@@ -276,7 +272,8 @@ impl Inputs {
         let rows = packer.push_padded(lot_rows, lots_max * lot_size, -1);
         let tokens = packer.push_padded(lot_tokens, lots_max, 0);
         let covered = packer.push(covered);
-        (spared >= self.prefix_tokens_min * plan.rows.len()).then(|| SharedPrefixes {
+        let pays = plan.rows.is_empty() || backend.prefixes_pay(plan.rows.len(), spared);
+        pays.then(|| SharedPrefixes {
             rows: self.view(rows).reshape(&[lots_max, lot_size]),
             tokens: self.view(tokens),
             covered: self.view(covered),
@@ -405,17 +402,6 @@ mod tests {
         assert_eq!(integers(&backend, &shared.rows)[6..], [-1; 6]);
         assert_eq!(integers(&backend, &shared.tokens), [20, 28, 0, 0]);
         assert_eq!(integers(&backend, &shared.covered), [20, 28, 20, 20, 28, 0, 0, 0]);
-        assert_eq!(inputs.shares(), [true]);
-
-        // 68 tokens are read once instead of twice or more, for 7 rows.
-        for (tokens_min, is_worth_it) in [(9, true), (10, false)] {
-            inputs.prefix_tokens_min = tokens_min;
-            let with = inputs.upload(&backend, &plan, Some(8)).unwrap();
-            assert_eq!(with.batch.shared.is_some(), is_worth_it);
-            assert_eq!(inputs.shares(), [false, true]);
-            // Padding is for recording both.
-            assert!(inputs.upload_padding(&backend, 8).unwrap().batch.shared.is_some());
-        }
         // One row shares with nobody, and takes the way of a backend that does not ask.
         assert!(inputs.upload_padding(&backend, 1).unwrap().batch.shared.is_none());
     }

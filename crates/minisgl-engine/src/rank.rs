@@ -273,10 +273,11 @@ impl Rank {
     fn capture(&mut self, size: usize) -> Result<bool, BackendError> {
         let backend = Arc::clone(&self.loaded.devices.backend);
         let inputs = self.loaded.inputs.upload_padding(backend.as_ref(), size)?;
-        // A single row has nobody to share with.
-        let ways =
-            if inputs.batch.shared.is_some() { self.loaded.inputs.shares() } else { &[false] };
-        for &shares in ways {
+        // A single row has nobody to share with; where sharing nothing pays, all steps come that way.
+        let can_share = inputs.batch.shared.is_some();
+        let may_not = !can_share || !backend.prefixes_pay(size, 0);
+        let ways = [(false, may_not), (true, can_share)];
+        for (shares, _) in ways.into_iter().filter(|(_, comes)| *comes) {
             let shared = inputs.batch.shared.clone().filter(|_| shares);
             let batch = Batch { host: None, shared, ..inputs.batch.clone() };
             let ctx = self.ctx(&batch, &inputs.ids);

@@ -39,7 +39,7 @@ fn requests() -> Vec<NewRequest> {
 }
 
 /// The tokens, and how often a row of a rank was taken through a prefix with others. `sharing`:
-/// `Backend::prefix_rows_max` and `prefix_tokens_min`.
+/// `Backend::prefix_rows_max`, and the tokens a row that must be spared.
 fn serve(
     ranks: usize,
     sharing: (usize, usize),
@@ -61,7 +61,7 @@ fn serve(
     let backends: Vec<_> = group.iter().map(|(backend, _)| Arc::clone(backend)).collect();
     for backend in &backends {
         backend.prefix_rows_max.store(sharing.0, SeqCst);
-        backend.prefix_tokens_min.store(sharing.1, SeqCst);
+        backend.spared_min.store(sharing.1, SeqCst);
     }
     let ranks = group.into_iter().map(|(backend, end)| (backend as Arc<dyn Backend>, end));
     let checkpoint = Arc::new(Checkpoint::open(tiny.folder()).unwrap());

@@ -130,10 +130,10 @@ pub trait Backend: Send + Sync {
     fn prefix_rows_max(&self, _heads: Heads) -> usize {
         1
     }
-    /// How many tokens reading shared prefixes at once must spare a decode row, on a step's average, for
-    /// a step to come with `Batch::shared`. 0: steps always do, where `prefix_rows_max` is above 1.
-    fn prefix_tokens_min(&self) -> usize {
-        0
+    /// Whether a step of so many decode rows is to come with `Batch::shared`, where reading prefixes at
+    /// once spares the K and V of so many tokens.
+    fn prefixes_pay(&self, _rows: usize, _spared: usize) -> bool {
+        true
     }
     /// `rope_store`, then `attention`, of the same step and layer. A device may do both in one pass;
     /// what it leaves in `qkv` is then its own affair.

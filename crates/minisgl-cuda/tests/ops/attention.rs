@@ -236,7 +236,8 @@ impl<'a> Layout<'a> {
         let kv_len: Vec<i32> = rows.iter().map(|x| (x.0 + x.1) as i32).collect();
         let decode_rows = rows.iter().take_while(|x| x.1 == 1).count();
         // Rows that share so little come without lots where these are not asked for.
-        let lot_size = if r.b.prefix_tokens_min() > 0 { 1 } else { r.b.prefix_rows_max(heads) };
+        let asked_for = r.b.prefixes_pay(decode_rows, 0);
+        let lot_size = if asked_for { r.b.prefix_rows_max(heads) } else { 1 };
         Batch {
             rows: count,
             tokens,

@@ -28,8 +28,8 @@ pub struct Reference {
     pub marks: AtomicUsize,
     /// As `Backend::prefix_rows_max`, where it is not 0.
     pub prefix_rows_max: AtomicUsize,
-    /// As `Backend::prefix_tokens_min`.
-    pub prefix_tokens_min: AtomicUsize,
+    /// Tokens a row that `Backend::prefixes_pay` asks for.
+    pub spared_min: AtomicUsize,
     /// Rows that attention has taken through a prefix with others.
     pub shared_rows: AtomicUsize,
     /// Bytes of weights and tensors that there is room for; 0 for plenty.
@@ -330,8 +330,8 @@ impl Backend for Reference {
         self.prefix_rows_max.load(Ordering::SeqCst).max(1)
     }
 
-    fn prefix_tokens_min(&self) -> usize {
-        self.prefix_tokens_min.load(Ordering::SeqCst)
+    fn prefixes_pay(&self, rows: usize, spared: usize) -> bool {
+        spared >= self.spared_min.load(Ordering::SeqCst) * rows
     }
 
     fn attention(&self, a: &Attention<'_>, qkv: &Tensor, out: &Tensor) -> Result<()> {
