@@ -23,6 +23,7 @@ pub enum Module {
     Stream,
     Wide,
     Narrow,
+    Resident,
     Attention,
     Decode,
     Attend,
@@ -45,7 +46,18 @@ impl Module {
                 concat!(include_str!("../kernels/hopper.cuh"), include_str!("../kernels/wide.cu"))
             }
             Module::Narrow => {
-                concat!(include_str!("../kernels/hopper.cuh"), include_str!("../kernels/narrow.cu"))
+                concat!(
+                    include_str!("../kernels/hopper.cuh"),
+                    include_str!("../kernels/product_tile.cuh"),
+                    include_str!("../kernels/narrow.cu")
+                )
+            }
+            Module::Resident => {
+                concat!(
+                    include_str!("../kernels/hopper.cuh"),
+                    include_str!("../kernels/product_tile.cuh"),
+                    include_str!("../kernels/resident.cu")
+                )
             }
             Module::Attention => include_str!("../kernels/attention.cu"),
             Module::Decode => {
