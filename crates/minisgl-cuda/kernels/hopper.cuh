@@ -61,12 +61,6 @@ __device__ __forceinline__ void load_transposed(u32 (&r)[4], u32 address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
 }
-// Lane (g, t) has row g, columns 2t and 2t + 1 of a matrix of 8 by 8, and gets those of its transpose.
-__device__ __forceinline__ u32 transposed(u32 x) {
-    u32 y;
-    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
-    return y;
-}
 // Ordinary writes to shared memory become visible to the copy engine and the products.
 __device__ __forceinline__ void publish_shared() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -180,8 +174,7 @@ template <int N> __device__ __forceinline__ void pin(u32 (&d)[N]) {
 #define SUMS_32(d, i) SUMS_16(d, i), SUMS_16(d, i + 16)
 #define SUMS_64(d, i) SUMS_32(d, i), SUMS_32(d, i + 32)
 // The same registers' names in the instruction.
-#define NAMES_8 "%0, %1, %2, %3, %4, %5, %6, %7"
-#define NAMES_16 NAMES_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define NAMES_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define NAMES_32 NAMES_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define NAMES_64 NAMES_32 \
     ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
@@ -212,7 +205,6 @@ template <int N> struct Product;
         }                                                                                                   \
     };
 
-PRODUCT(16, 8, 8, 9, 10, 11, 12, 13, 14)
 PRODUCT(32, 16, 16, 17, 18, 19, 20, 21, 22)
 PRODUCT(64, 32, 32, 33, 34, 35, 36, 37, 38)
 PRODUCT(128, 64, 64, 65, 66, 67, 68, 69, 70)

@@ -22,8 +22,8 @@
 #define SHARERS (THREADS / ROWS)
 
 struct Args {
-    Output output; const float *norm;
-    int k_total, blocks, w_stages, x_stages;
+    const float *norm; const float *bias; bf16 *out;
+    int rows, n_total, k_total, blocks, w_stages, x_stages, add_to, gelu;
     float eps, shift;
 };
 
@@ -43,11 +43,21 @@ struct Part {
     __device__ Part(const Args &a) {
         rank = a.blocks > 1 ? cluster_rank() : 0;
         cluster = blockIdx.x / a.blocks, clusters = gridDim.x / a.blocks;
-        tiles = (a.output.n_total + COLUMNS - 1) / COLUMNS;
+        tiles = (a.n_total + COLUMNS - 1) / COLUMNS;
         int all = (a.k_total + STEP - 1) / STEP;
         first = all * rank / a.blocks, steps = all * (rank + 1) / a.blocks - first;
-        share = ((a.output.rows + 7) / 8 + a.blocks - 1) / a.blocks;
-        row0 = rank * share * 8, rows = max(0, min(a.output.rows - row0, share * 8));
+        share = ((a.rows + 7) / 8 + a.blocks - 1) / a.blocks;
+        row0 = rank * share * 8, rows = max(0, min(a.rows - row0, share * 8));
+    }
+};
+
+// A place in a ring of stages, and the parity of its phase. Divisions would cost more than a step does.
+struct Ring {
+    int stages;
+    u32 stage = 0, parity = 0;
+    __device__ explicit Ring(int stages) : stages(stages) {}
+    __device__ void next() {
+        if (++stage == stages) stage = 0, parity ^= 1;
     }
 };
 
@@ -185,14 +195,14 @@ __device__ __forceinline__ void share_out(const Args &a, const Part &p, const Sh
     int to = 0, place = 0;
 #pragma unroll
     for (int j = 0; j < ROWS / 8; j++) {
-        if (j * 8 >= a.output.rows) break;
+        if (j * 8 >= a.rows) break;
         u32 mine = s.sums + ((p.rank * p.share + place) * THREADS + threadIdx.x) * 16;
         send(address_in(mine, to), address_in(s.arrived, to), d[4 * j], d[4 * j + 1], d[4 * j + 2], d[4 * j + 3]);
         if (++place == p.share) to++, place = 0;
     }
     int row = threadIdx.x % ROWS, owner = row / (8 * p.share);
     u32 mine = s.squares + (p.rank * THREADS + threadIdx.x) * 4;
-    if (NORM && row < a.output.rows) send(address_in(mine, owner), address_in(s.arrived, owner), squares);
+    if (NORM && row < a.rows) send(address_in(mine, owner), address_in(s.arrived, owner), squares);
 }
 
 // The factors of the rows that this block stores.
@@ -205,26 +215,73 @@ __device__ __forceinline__ void find_factors(const Args &a, const Part &p, const
     named_barrier(1, THREADS);
 }
 
-__device__ __forceinline__ Corner corner_of(int tile, int group) {
-    return Corner(group * 8, tile * COLUMNS + threadIdx.x / 32 * (GATED ? 8 : 16));
+__device__ __forceinline__ u32 transposed(u32 x) {
+    u32 y;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+    return y;
 }
-// Of the rows 2t and 2t + 1 of such a corner.
-__device__ __forceinline__ float2 factors_of(const Shared &s, int group) {
-    return NORM ? *(const float2 *)(s.factors + group * 8 + 2 * (threadIdx.x & 3)) : make_float2(1.f, 1.f);
-}
+
+// 8 rows of x and a warp's columns of a tile. A thread has sums of columns g and g + 8 (gated: of gate and
+// up) and rows 2t and 2t + 1; it loads and stores row g, columns 2t and 2t + 1.
+struct Corner {
+    int row0, column0;
+    __device__ Corner(int tile, int group) {
+        int warp = threadIdx.x / 32;
+        row0 = group * 8, column0 = tile * COLUMNS + warp * (GATED ? 8 : 16);
+    }
+    __device__ __forceinline__ bool has(const Args &a, int h) const {
+        return row0 + (threadIdx.x & 31) / 4 < a.rows && column0 + 8 * h < a.n_total;
+    }
+    __device__ __forceinline__ u32 *at(const Args &a, int h) const {
+        int lane = threadIdx.x & 31;
+        return (u32 *)(a.out + (long long)(row0 + lane / 4) * a.n_total + column0 + 8 * h + 2 * (lane & 3));
+    }
+    // What the sums are added to.
+    __device__ __forceinline__ uint2 before(const Args &a) const {
+        uint2 x = make_uint2(0, 0);
+        if (GATED || !a.add_to) return x;
+        if (has(a, 0)) x.x = *at(a, 0);
+        if (has(a, 1)) x.y = *at(a, 1);
+        return x;
+    }
+    __device__ __forceinline__ void store(const Args &a, float4 sums, uint2 before, const float *factors) const {
+        int lane = threadIdx.x & 31, g = lane / 4, row = row0 + 2 * (lane & 3);
+        float2 factor = make_float2(1.f, 1.f);
+        if (NORM) factor = *(const float2 *)(factors + row);
+        float value[2][2] = {{sums.x * factor.x, sums.y * factor.y}, {sums.z * factor.x, sums.w * factor.y}};
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            int n = GATED ? column0 + h * a.n_total + g : column0 + 8 * h + g;
+            float bias = a.bias && (GATED ? column0 : column0 + 8 * h) < a.n_total ? a.bias[n] : 0.f;
+            value[h][0] += bias, value[h][1] += bias;
+        }
+        if (GATED) {
+#pragma unroll
+            for (int e = 0; e < 2; e++) value[0][e] = activate(value[0][e], a.gelu) * value[1][e];
+        }
+#pragma unroll
+        for (int h = 0; h < (GATED ? 1 : 2); h++) {
+            u32 old = transposed(h ? before.y : before.x);
+            if (a.add_to) value[h][0] += low_half(old), value[h][1] += high_half(old);
+            u32 x = transposed(pack(value[h][0], value[h][1]));
+            if (has(a, h)) *at(a, h) = x;
+        }
+    }
+};
 
 // What the cluster's blocks sent, added up and stored.
 __device__ __forceinline__ void receive(const Args &a, const Part &p, const Shared &s, int tile) {
     int groups = (p.rows + 7) / 8, group0 = p.row0 / 8;
     uint2 before = make_uint2(0, 0);
     if (groups) {
-        before = corner_of(tile, group0).before(a.output);
+        before = Corner(tile, group0).before(a);
         barrier_wait_for_cluster(s.arrived, 0);
     }
     if (NORM) find_factors(a, p, s);
     for (int j = 0; j < groups; j++) {
+        Corner corner(tile, group0 + j);
         uint2 now = before;
-        if (j + 1 < groups) before = corner_of(tile, group0 + j + 1).before(a.output);
+        if (j + 1 < groups) before = Corner(tile, group0 + j + 1).before(a);
         float4 total = make_float4(0, 0, 0, 0);
         for (int from = 0; from < a.blocks; from++) {
             float4 x;
@@ -232,7 +289,7 @@ __device__ __forceinline__ void receive(const Args &a, const Part &p, const Shar
                          : "r"(s.sums + ((from * p.share + j) * THREADS + threadIdx.x) * 16) : "memory");
             total.x += x.x, total.y += x.y, total.z += x.z, total.w += x.w;
         }
-        corner_of(tile, group0 + j).store(a.output, total, now, factors_of(s, group0 + j));
+        corner.store(a, total, now, s.factors);
     }
 }
 
@@ -245,10 +302,9 @@ __device__ __forceinline__ void keep(const Args &a, const Part &p, const Shared 
     }
 #pragma unroll
     for (int j = 0; j < ROWS / 8; j++) {
-        if (j * 8 >= a.output.rows) break;
-        Corner corner = corner_of(tile, j);
-        float4 sums = make_float4(d[4 * j], d[4 * j + 1], d[4 * j + 2], d[4 * j + 3]);
-        corner.store(a.output, sums, corner.before(a.output), factors_of(s, j));
+        if (j * 8 >= a.rows) break;
+        Corner corner(tile, j);
+        corner.store(a, make_float4(d[4 * j], d[4 * j + 1], d[4 * j + 2], d[4 * j + 3]), corner.before(a), s.factors);
     }
 }
 

@@ -11,7 +11,6 @@ use crate::attention::{
 use crate::decode::stream_variant;
 use crate::half_layer::half_layer_variants;
 use crate::kernels::Key;
-use crate::resident::resident_variants;
 use crate::wide::wide_variants;
 
 /// The kernels of rows that extend by many tokens, and of those that extend by one. Written
@@ -194,11 +193,7 @@ impl ModelShape {
             if ranks == 1 {
                 all.extend(half_layer_variants(heads, hidden, inner, multiprocessors));
             }
-            let (attended, inner) = (heads.q * heads.dim / ranks, inner / ranks);
-            all.extend(wide_variants(hidden, attended, inner));
-            if card.has_warpgroups() {
-                all.extend(resident_variants(hidden, attended, inner));
-            }
+            all.extend(wide_variants(hidden, heads.q * heads.dim / ranks, inner / ranks));
         }
         all
     }
@@ -254,10 +249,7 @@ mod tests {
         let large = ModelShape { hidden: 5120, inner: 17408, ..model("auto", 40, 8, 128, 16) };
         for ranks in [1, 2] {
             let products = names(ModelShape { ranks, ..large }, H200)[3..].to_vec();
-            let of = |kernel| products.iter().filter(|name| name.starts_with(kernel)).count();
-            assert!(of("Wide") > 0 && of("Wide") + of("Resident") == products.len());
-            // Of three numbers of rows each: qkv, gate and up, head; and down (and o, of whole heads).
-            assert_eq!(of("Resident"), if ranks == 1 { 12 } else { 11 });
+            assert!(!products.is_empty() && products.iter().all(|name| name.starts_with("Wide")));
         }
         let tiled = "Attention [(\"DIM\", 128), (\"DECODE\", 0)]";
         let split = "Attention [(\"DIM\", 128), (\"DECODE\", 1), (\"HALVES\", 1)]";

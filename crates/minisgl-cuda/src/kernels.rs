@@ -23,7 +23,6 @@ pub enum Module {
     Stream,
     Wide,
     Narrow,
-    Resident,
     Attention,
     Decode,
     Attend,
@@ -46,18 +45,7 @@ impl Module {
                 concat!(include_str!("../kernels/hopper.cuh"), include_str!("../kernels/wide.cu"))
             }
             Module::Narrow => {
-                concat!(
-                    include_str!("../kernels/hopper.cuh"),
-                    include_str!("../kernels/product_tile.cuh"),
-                    include_str!("../kernels/narrow.cu")
-                )
-            }
-            Module::Resident => {
-                concat!(
-                    include_str!("../kernels/hopper.cuh"),
-                    include_str!("../kernels/product_tile.cuh"),
-                    include_str!("../kernels/resident.cu")
-                )
+                concat!(include_str!("../kernels/hopper.cuh"), include_str!("../kernels/narrow.cu"))
             }
             Module::Attention => include_str!("../kernels/attention.cu"),
             Module::Decode => {

@@ -25,9 +25,6 @@ impl CudaBackend {
         if self.prefers_wide(a) {
             return self.wide(a, None, out);
         }
-        if self.prefers_resident(a, out) {
-            return self.resident(a, None, out);
-        }
         if self.prefers_narrow(a, false, out) {
             return self.narrow(a, None, out);
         }
@@ -66,9 +63,6 @@ impl CudaBackend {
         }
         if self.prefers_wide(a) {
             return self.wide(a, Some(activation), out);
-        }
-        if self.prefers_resident(a, out) {
-            return self.resident(a, Some(activation), out);
         }
         if self.prefers_narrow(a, true, out) {
             return self.narrow(a, Some(activation), out);
@@ -250,30 +244,6 @@ impl ProductArgs {
             gelu: i32::from(gated == Some(Activation::GeluTanh)),
             eps,
             shift,
-        }
-    }
-}
-
-/// As `Output` in `kernels/product_tile.cuh`.
-#[repr(C)]
-pub(crate) struct Output {
-    bias: u64,
-    out: u64,
-    rows: i32,
-    n: i32,
-    add: i32,
-    gelu: i32,
-}
-
-impl Output {
-    pub(crate) fn new(a: &Linear<'_>, gated: Option<Activation>, out: &Tensor) -> Self {
-        Self {
-            bias: a.bias.map_or(0, |b| tensor(b).address()),
-            out: out.address(),
-            rows: a.x.dim(0) as i32,
-            n: out.row_len() as i32,
-            add: i32::from(a.store == Store::Add),
-            gelu: i32::from(gated == Some(Activation::GeluTanh)),
         }
     }
 }

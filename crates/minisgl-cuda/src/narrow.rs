@@ -1,21 +1,21 @@
 //! Matrix products of some dozens of rows on Hopper: `kernels/narrow.cu`.
 
-use minisgl_tensor::{Activation, DType, Linear, Result, Tensor};
+use minisgl_tensor::{Activation, DType, Linear, Result, Store, Tensor};
 
 use crate::backend::{CudaBackend, Products, norm_args};
 use crate::device::{Launch, address_of};
 use crate::kernels::Module;
-use crate::linear::{GEMV_ROWS_MAX, Output};
+use crate::linear::GEMV_ROWS_MAX;
 use crate::tiles::Matrix;
 use crate::weights::tensor;
 
 /// Up to this many rows, and this many elements of a matrix, `narrow.cu` is faster than cuBLASLt with
 /// the kernels in front and behind: see `docs/benchmarks/h200-operations.md`. Larger products fill the
-/// card with large tiles, which need fewer bytes of x a multiprocessor; or are `resident.cu`'s.
+/// card with large tiles, which need fewer bytes of x a multiprocessor.
 const ROWS_MAX: usize = 64;
 /// The same where x is normed on the way.
 const NORMED_ROWS_MAX: usize = 32;
-pub(crate) const ELEMENTS_MAX: usize = 8 << 20;
+const ELEMENTS_MAX: usize = 8 << 20;
 /// As in the kernel: elements of k in a step, and the most steps of one ring.
 const STEP: usize = 64;
 const STAGES_MAX: usize = 16;
@@ -25,12 +25,17 @@ const SHARED_BYTES: usize = 112 << 10;
 /// As `Args` in the kernel.
 #[repr(C)]
 struct Args {
-    output: Output,
     norm: u64,
+    bias: u64,
+    out: u64,
+    rows: i32,
+    n: i32,
     k: i32,
     blocks: i32,
     w_stages: i32,
     x_stages: i32,
+    add: i32,
+    gelu: i32,
     eps: f32,
     shift: f32,
 }
@@ -112,12 +117,17 @@ impl CudaBackend {
         let x = Matrix { address: a.x.address(), rows, cols: k, box_rows: d.rows }.map()?;
         let (norm, eps, shift) = norm_args(a.norm);
         let args = Args {
-            output: Output::new(a, gated, out),
             norm,
+            bias: a.bias.map_or(0, |b| tensor(b).address()),
+            out: out.address(),
+            rows: rows as i32,
+            n: n as i32,
             k: k as i32,
             blocks: d.blocks as i32,
             w_stages: d.w_stages as i32,
             x_stages: d.x_stages as i32,
+            add: i32::from(a.store == Store::Add),
+            gelu: i32::from(gated == Some(Activation::GeluTanh)),
             eps,
             shift,
         };

@@ -120,25 +120,16 @@ fn variant((gated, norm, out_f32): (bool, bool, bool), stages: usize) -> Vec<(&'
     vec![("GATED", gated), ("NORM", norm), ("OUT_F32", out_f32), ("STAGES", stages as i32)]
 }
 
-/// A decoder's products of a decode step: k, and whether gated, normed and into f32.
-pub(crate) fn decode_products(
-    hidden: usize,
-    attended: usize,
-    inner: usize,
-) -> [(usize, (bool, bool, bool)); 5] {
-    [
+/// What a decoder's decode steps ask for, whose residual stream, attention and MLP are so wide.
+pub(crate) fn wide_variants(hidden: usize, attended: usize, inner: usize) -> Vec<Key> {
+    let products = [
         (hidden, (false, true, false)),
         (hidden, (true, true, false)),
         (hidden, (false, true, true)),
         (attended, (false, false, false)),
         (inner, (false, false, false)),
-    ]
-}
-
-/// What a decoder's decode steps ask for, whose residual stream, attention and MLP are so wide.
-pub(crate) fn wide_variants(hidden: usize, attended: usize, inner: usize) -> Vec<Key> {
+    ];
     let mut all = Vec::new();
-    let products = decode_products(hidden, attended, inner);
     for (k, kind) in products.into_iter().filter(|(k, _)| *k > STREAM_ROW_MAX) {
         for rows in 1..=ROWS_MAX {
             let Some((_, stages)) = Division::ring(rows, k, kind.0) else { continue };

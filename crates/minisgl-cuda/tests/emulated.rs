@@ -12,7 +12,7 @@ use rayon::prelude::*;
 const SEEDS: [&str; 4] = ["1", "2", "3", "4"];
 
 /// Programs of `emulator`, and what the kernel is specialised by.
-const PROGRAMS: [(&str, &[(&str, i32)]); 15] = [
+const PROGRAMS: [(&str, &[(&str, i32)]); 11] = [
     ("attend", &[("DIM", 128), ("GROUP", 2), ("SECOND", 2)]),
     ("attend", &[("DIM", 64), ("GROUP", 12), ("SECOND", 2)]),
     ("decode", &[("DIM", 128), ("GROUP", 2), ("CASCADE", 0)]),
@@ -21,10 +21,6 @@ const PROGRAMS: [(&str, &[(&str, i32)]); 15] = [
     ("mlp", &[("CLUSTER", 8), ("FIRST", 4), ("SECOND", 2)]),
     ("prefill", &[("DIM", 128), ("GROUP", 2), ("SOFT_CAP", 0)]),
     ("prefill", &[("DIM", 64), ("GROUP", 3), ("SOFT_CAP", 1)]),
-    ("resident", &[("ROWS", 16), ("NORM", 1), ("GATED", 1), ("OUT_F32", 0), ("SLOTS", 3)]),
-    ("resident", &[("ROWS", 32), ("NORM", 0), ("GATED", 0), ("OUT_F32", 1), ("SLOTS", 2)]),
-    ("resident", &[("ROWS", 64), ("NORM", 1), ("GATED", 0), ("OUT_F32", 0), ("SLOTS", 2)]),
-    ("resident", &[("ROWS", 64), ("NORM", 0), ("GATED", 1), ("OUT_F32", 0), ("SLOTS", 2)]),
     ("wide", &[("STAGES", 8), ("NORM", 0), ("GATED", 0), ("OUT_F32", 1)]),
     ("wide", &[("STAGES", 12), ("NORM", 1), ("GATED", 0), ("OUT_F32", 0)]),
     ("wide", &[("STAGES", 10), ("NORM", 1), ("GATED", 1), ("OUT_F32", 0)]),
