@@ -109,7 +109,7 @@ impl CudaBackend {
             device,
             kernels,
             exact,
-            attention: model.map_or_else(Default::default, |model| model.kernels),
+            attention: model.map_or_else(Default::default, |model| model.allowed_kernels(card)),
             fault: Fault::from_environment(),
             scratch: Mutex::default(),
             products: Mutex::default(),

@@ -169,6 +169,17 @@ impl ModelShape {
         Ok(())
     }
 
+    /// What was asked for, by what the card, the heads and the pages allow.
+    pub(crate) fn allowed_kernels(&self, card: Card) -> AttentionKernels {
+        let decode = match self.kernels.decode {
+            DecodeKernel::Auto if !card.cascades(self.heads, self.page_size) => {
+                DecodeKernel::Stream
+            }
+            decode => decode,
+        };
+        AttentionKernels { decode, ..self.kernels }
+    }
+
     /// The kernel files that such a model's steps take, as long as no step has more rows than the
     /// fastest of them can.
     pub(crate) fn modules(&self, card: Card, multiprocessors: usize) -> Vec<Key> {
@@ -259,6 +270,16 @@ mod tests {
         assert_eq!(names(qwen("auto"), Card { exact: true, ..H200 }), [tiled]);
         let large_group = "Prefill [(\"DIM\", 128), (\"GROUP\", 32), (\"SOFT_CAP\", 0)]";
         assert_eq!(names(model("auto", 32, 1, 128, 16), H200), [large_group]);
+    }
+
+    #[test]
+    fn prefixes_are_not_asked_for_where_nothing_can_read_them_together() {
+        let decode =
+            |q, page_size| model("auto", q, 8, 128, page_size).allowed_kernels(H200).decode;
+        assert_eq!(decode(16, 16), DecodeKernel::Auto);
+        assert_eq!(decode(16, 8), DecodeKernel::Stream);
+        // 9 heads a KV head: no second row fits a product of 16.
+        assert_eq!(decode(72, 16), DecodeKernel::Stream);
     }
 
     #[test]

@@ -149,7 +149,7 @@ impl CudaBackend {
 
     /// As `Backend::prefix_rows_max`.
     pub(crate) fn lot_size(&self, heads: Heads) -> usize {
-        // Pages that it does not take are refused at the start, or make no use of this.
+        // That the pages are what it takes was made sure of at the start.
         let can = self.card().cascades(heads, TILE);
         let wanted = matches!(self.attention.decode, DecodeKernel::Auto | DecodeKernel::Cascade);
         if wanted && can { lot_size(heads) } else { 1 }
