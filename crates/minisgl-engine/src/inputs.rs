@@ -272,7 +272,9 @@ impl Inputs {
         let rows = packer.push_padded(lot_rows, lots_max * lot_size, -1);
         let tokens = packer.push_padded(lot_tokens, lots_max, 0);
         let covered = packer.push(covered);
-        let pays = plan.rows.is_empty() || backend.prefixes_pay(plan.rows.len(), spared);
+        // Without the padding of a bucket.
+        let own_rows = decode_rows.min(plan.rows.len());
+        let pays = own_rows == 0 || backend.prefixes_pay(own_rows, spared);
         pays.then(|| SharedPrefixes {
             rows: self.view(rows).reshape(&[lots_max, lot_size]),
             tokens: self.view(tokens),
