@@ -102,11 +102,6 @@ inline void store_shared(u32 address, uint4 x) {
     check_aligned("to", address, 16);
     memcpy(bytes_at(address), &x, 16);
 }
-inline u32 load_shared(u32 address) {
-    u32 x;
-    memcpy(&x, bytes_at(address), 4);
-    return x;
-}
 inline uint4 load_shared_16(u32 address) {
     check_aligned("from", address, 16);
     uint4 x;
