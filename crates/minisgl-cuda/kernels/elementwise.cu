@@ -147,7 +147,7 @@ struct RopeArgs {
     T *qkv; T *k_pages; T *v_pages;
     const float *q_weight; const float *k_weight; const float *rope;
     const int *positions; const int *store_at;
-    int q_heads, kv_heads, dim, page_size;
+    int q_heads, kv_heads, first_head, dim, page_size;
     float q_eps, q_shift, k_eps, k_shift;
 };
 
@@ -161,7 +161,7 @@ template <int N> __device__ __forceinline__ void rope_heads(const RopeArgs &a) {
     int token = blockIdx.x, i = threadIdx.x % lanes * N, heads = a.q_heads + 2 * a.kv_heads;
     int slot = a.store_at[token], page = slot / a.page_size, row = slot % a.page_size;
     const float *angles = a.rope + (long long)a.positions[token] * a.dim;
-    for (int first = 0; first < heads; first += blockDim.x / lanes) {
+    for (int first = a.first_head; first < heads; first += blockDim.x / lanes) {
         int head = first + threadIdx.x / lanes;
         bool is_key = head >= a.q_heads, is_value = head >= a.q_heads + a.kv_heads;
         bool there = i < half && head < heads && (slot >= 0 || !is_key);

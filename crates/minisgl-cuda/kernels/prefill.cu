@@ -3,9 +3,10 @@
 //
 // An item is 128 (token, head of the group) pairs of one row and KV head, the last tokens first: they
 // see most. Blocks take one item after the other, of as many rows at a time as have their K and V in the L2
-// cache together. One warp takes them and fetches their Q, an item ahead; another one fetches K and V in tiles of
-// 128 tokens, page by page; the two warpgroups take 64 pairs each, from the last tile they see to the first.
-// While a tile's softmax runs, the product of the one before with V is under way.
+// cache together. One warp takes them, and with two others fetches, norms and rotates their Q, an item ahead;
+// another one fetches K and V in tiles of 128 tokens, page by page; the two warpgroups take 64 pairs each, from
+// the last tile they see to the first. While a tile's softmax runs, the product of the one before with V is under
+// way.
 // In shared memory: Q [stage][warpgroup][part][64], K and V [stage][part][128], all rows of 128 bytes in the
 // 128-byte swizzle, where a part is 64 dimensions.
 
@@ -14,6 +15,8 @@
 #define TILE_BYTES (TILE * DIM * 2)
 #define QUERY_BYTES (64 * DIM * 2)
 #define ITEM_STAGES 2
+// Warps that prepare Q.
+#define PREPARERS 3
 #define K_STAGES 2
 #define V_STAGES 3
 
@@ -24,6 +27,10 @@ struct Args {
     int first_row, pages_a_row, page_size, q_heads, kv_heads, splits, splits_wanted, page_shift, window;
     float scale, soft_cap;
 };
+
+// The norm of Q's heads and their rotation. `angles` [positions, DIM]: cosines, then sines; null where Q is
+// rotated already. A null `weight` is no norm.
+struct Rotation { const float *angles; const float *weight; float eps, shift; };
 
 // All items: of `section` rows at a time, in each section the longest ones first.
 struct Items { int count, rows, section; };
@@ -78,13 +85,23 @@ template <int STAGES> struct Barriers {
     }
 };
 
-// What the roles share: items with their queries, and tiles.
+// What the roles share: items, their queries, and tiles.
 struct Shared {
     Item *handed_out;
+    const float *q_weight;  // of the norm of Q's heads, 1 where there is none
     u32 q, k, v;
-    Barriers<ITEM_STAGES> items;
+    Barriers<ITEM_STAGES> items, queries;
     Barriers<K_STAGES> k_tiles;
     Barriers<V_STAGES> v_tiles;
+
+    // A whole warp's.
+    __device__ Item next_item(Turn<ITEM_STAGES> &turn) const {
+        items.wait_full(turn);
+        Item item = handed_out[turn.stage()];
+        __syncwarp();
+        items.leave(turn);
+        return item;
+    }
 };
 
 // Where in the cache this lane's boxes of a tile are, of K as of V: at most two, of a part of a page each.
@@ -126,10 +143,7 @@ __device__ __forceinline__ void fetch_tiles(const Args &a, const Shared &shared,
     Turn<K_STAGES> k_turn;
     Turn<V_STAGES> v_turn;
     while (true) {
-        shared.items.wait_full(turn);
-        Item item = shared.handed_out[turn.stage()];
-        __syncwarp();
-        shared.items.leave(turn);
+        Item item = shared.next_item(turn);
         if (item.row < 0) return;
         for (int tile = item.last_tile; tile >= item.first_tile; tile--) {
             Boxes boxes(a, item, tile, nowhere);
@@ -139,46 +153,114 @@ __device__ __forceinline__ void fetch_tiles(const Args &a, const Shared &shared,
     }
 }
 
-// Both warpgroups' queries, by a warp.
-__device__ __forceinline__ void fetch_queries(const Args &a, const Item &item, u32 to) {
-    int lane = threadIdx.x & 31, chunk = lane % (DIM / 8), heads = a.q_heads + 2 * a.kv_heads;
-    to += chunk / 8 * 64 * 128;
-#pragma unroll 4
-    for (int i = lane / (DIM / 8); i < 128; i += 256 / DIM) {
-        int pair = item.pair0 + i;
-        copy_16(to + i / 64 * QUERY_BYTES + i % 64 * 128 + ((chunk ^ i) & 7) * 16,
-                a.qkv + item.offset(min(pair, item.pairs - 1), heads) + chunk * 8, pair < item.pairs);
+// A lane has 8 elements of a head's first half, and those that they rotate with: as `rope_store`, to the bit.
+#define HEAD_LANES (DIM / 16)
+#define HEADS_A_WARP (32 / HEAD_LANES)
+
+// 8 floats, and those of the second half.
+struct Halves {
+    float4 low[2], high[2];
+    __device__ __forceinline__ void load(const float *from) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) low[i] = ((const float4 *)from)[i], high[i] = ((const float4 *)(from + DIM / 2))[i];
+    }
+};
+
+// A warp's share of an item's queries, of both warpgroups.
+__device__ __forceinline__ void prepare_queries(const Args &a, const Rotation &rotation, const float *q_weight, const Item &item, u32 to, int rank) {
+    int lane = threadIdx.x & 31, chunk = lane % HEAD_LANES, heads = a.q_heads + 2 * a.kv_heads;
+    int mine = lane / HEAD_LANES, first = rank * HEADS_A_WARP, step = PREPARERS * HEADS_A_WARP, pairs = item.pairs - item.pair0;
+    auto place = [&](int i, int chunk) {
+        return to + i / 64 * QUERY_BYTES + chunk / 8 * 64 * 128 + i % 64 * 128 + ((chunk ^ i) & 7) * 16;
+    };
+#pragma unroll 1
+    for (int i = first + mine; i < 128; i += step) {
+        const bf16 *from = a.qkv + item.offset(item.pair0 + min(i, pairs - 1), heads) + chunk * 8;
+        copy_16(place(i, chunk), from, i < pairs);
+        copy_16(place(i, chunk + HEAD_LANES), from + DIM / 2, i < pairs);
     }
     end_copies();
+    if (rotation.angles) {
+        auto angles_of = [&](int i) {
+            return rotation.angles + (long long)item.token_of(item.pair0 + i) * DIM + chunk * 8;
+        };
+        Halves angles;
+        angles.load(angles_of(first + mine));
+        wait_for_copies<0>();
+        // All lanes take part as long as one of them has a pair.
+#pragma unroll 1
+        for (int all = first, end = min(128, pairs); all < end; all += step) {
+            int i = all + mine;
+            Halves next;
+            next.load(angles_of(i + step));
+            uint4 low = load_shared_16(place(i, chunk)), high = load_shared_16(place(i, chunk + HEAD_LANES));
+            u32 *l = (u32 *)&low, *h = (u32 *)&high;
+            float squares = 0.f;
+#pragma unroll
+            for (int p = 0; p < 4; p++) {
+                squares += low_half(l[p]) * low_half(l[p]) + low_half(h[p]) * low_half(h[p]);
+                squares += high_half(l[p]) * high_half(l[p]) + high_half(h[p]) * high_half(h[p]);
+            }
+#pragma unroll
+            for (int other = HEAD_LANES / 2; other; other /= 2) squares += __shfl_xor_sync(~0u, squares, other);
+            float scale = rotation.weight ? rsqrtf(squares / DIM + rotation.eps) : 1.f;
+            Halves weights;
+            weights.load(q_weight + chunk * 8);
+            const float *cosines = (const float *)angles.low, *sines = (const float *)angles.high;
+            const float *v = (const float *)weights.low, *w = (const float *)weights.high;
+#pragma unroll
+            for (int p = 0; p < 4; p++) {
+                int e = 2 * p;
+                float l0 = low_half(l[p]) * (scale * v[e]), l1 = high_half(l[p]) * (scale * v[e + 1]);
+                float h0 = low_half(h[p]) * (scale * w[e]), h1 = high_half(h[p]) * (scale * w[e + 1]);
+                l[p] = pack(l0 * cosines[e] - h0 * sines[e], l1 * cosines[e + 1] - h1 * sines[e + 1]);
+                h[p] = pack(h0 * cosines[e] + l0 * sines[e], h1 * cosines[e + 1] + l1 * sines[e + 1]);
+            }
+            angles = next;
+            store_shared(place(i, chunk), low), store_shared(place(i, chunk + HEAD_LANES), high);
+        }
+    }
     wait_for_copies<0>();
     publish_shared();
 }
 
-// A warp's: takes items, and hands each out with its queries. The first one has the block's number, the others
-// come from a counter, which all blocks together ask `items.count` times.
-__device__ __forceinline__ void take_items(const Args &a, const Items &items, const Shared &shared) {
-    int lane = threadIdx.x & 31;
-    Turn<ITEM_STAGES> turn;
-    auto hand_out = [&](const Item &item) {
-        if (lane == 0) shared.handed_out[turn.stage()] = item;
-        __syncwarp();
-        if (lane == 0) barrier_arrive(shared.items.full(turn.stage()));
-        turn.count++;
-    };
+// The next item there is; of a negative row behind the last one. The first one has the block's number, the others
+// come from a counter, which all blocks together ask `items.count` times: lane 0, an item ahead, for `next`.
+__device__ __forceinline__ Item take_item(const Args &a, const Items &items, int &next) {
+    bool asks = (threadIdx.x & 31) == 0;
     Item item;
-    for (int index = blockIdx.x; index < items.count;) {
-        int asked = lane == 0 ? atomicAdd(a.arrived, 1) : 0;
-        if (item.find(a, items, index)) {
-            shared.items.wait_free(turn);
-            fetch_queries(a, item, shared.q + turn.stage() * 2 * QUERY_BYTES);
-            hand_out(item);
+    while (true) {
+        int index = __shfl_sync(~0u, next, 0);
+        if (index >= items.count) {
+            if (asks && index + 1 - int(gridDim.x) == items.count) *a.arrived = 0;
+            item.row = -1;
+            return item;
         }
-        if (lane == 0 && asked == items.count - 1) *a.arrived = 0;
-        index = gridDim.x + __shfl_sync(~0u, asked, 0);
+        if (asks) next = gridDim.x + atomicAdd(a.arrived, 1);
+        if (item.find(a, items, index)) return item;
     }
-    item.row = -1;
-    shared.items.wait_free(turn);
-    hand_out(item);
+}
+
+// A warp's: its share of all items' queries. The first one also takes the items, and hands them out.
+__device__ __forceinline__ void prepare_items(const Args &a, const Rotation &rotation, const Items &items, const Shared &shared, int rank) {
+    bool first_lane = (threadIdx.x & 31) == 0;
+    int next = blockIdx.x;
+    Turn<ITEM_STAGES> turn, query_turn;
+    while (true) {
+        if (rank == 0) {
+            Item item = take_item(a, items, next);
+            shared.items.wait_free(turn);
+            if (first_lane) shared.handed_out[turn.stage()] = item, barrier_arrive(shared.items.full(turn.stage()));
+            __syncwarp();
+        }
+        Item item = shared.next_item(turn);
+        if (item.row < 0) return;
+        shared.queries.wait_free(query_turn);
+        prepare_queries(a, rotation, shared.q_weight, item, shared.q + query_turn.stage() * 2 * QUERY_BYTES, rank);
+        __syncwarp();
+        if (first_lane) barrier_arrive(shared.queries.full(query_turn.stage()));
+        query_turn.count++;
+    }
 }
 
 // Scores of masked tokens become −∞.
@@ -334,26 +416,28 @@ __device__ __forceinline__ void attend(const Args &a, const Item &item, int warp
 }
 
 // The warpgroups' shares of a multiprocessor's registers.
-#define REGISTERS_FETCHING 40
-#define REGISTERS_ATTENDING 232
+#define REGISTERS_FETCHING 88
+#define REGISTERS_ATTENDING 208
 
 extern "C" __global__ void __launch_bounds__(384, 1)
-prefill(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map, const Args a, const Items items, int nowhere) {
+prefill(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map, const Args a, const Rotation rotation, const Items items, int nowhere) {
     extern __shared__ unsigned char memory[];
-    __shared__ u64 barriers[2 * (ITEM_STAGES + K_STAGES + V_STAGES)];
+    __shared__ u64 barriers[2 * (2 * ITEM_STAGES + K_STAGES + V_STAGES)];
     __shared__ Item handed_out[ITEM_STAGES];
+    __shared__ __align__(16) float q_weight[DIM];
     let_next_start();
     Shared shared;
-    shared.handed_out = handed_out;
+    shared.handed_out = handed_out, shared.q_weight = q_weight;
     shared.q = (shared_address(memory) + 1023) / 1024 * 1024;
     shared.k = shared.q + ITEM_STAGES * 2 * QUERY_BYTES, shared.v = shared.k + K_STAGES * TILE_BYTES;
-    shared.items.first = shared_address(barriers), shared.k_tiles.first = shared.items.full(ITEM_STAGES);
-    shared.v_tiles.first = shared.k_tiles.full(K_STAGES);
+    shared.items.first = shared_address(barriers), shared.queries.first = shared.items.full(ITEM_STAGES);
+    shared.k_tiles.first = shared.queries.full(ITEM_STAGES), shared.v_tiles.first = shared.k_tiles.full(K_STAGES);
     if (threadIdx.x == 0) {
-        // Items are left by the warps that multiply, and by the one that fetches tiles.
-        shared.items.init(1, 9), shared.k_tiles.init(1, 8), shared.v_tiles.init(1, 8);
+        // Items go to all warps.
+        shared.items.init(1, 12), shared.queries.init(PREPARERS, 8), shared.k_tiles.init(1, 8), shared.v_tiles.init(1, 8);
         publish_barriers();
     }
+    if (threadIdx.x < DIM) q_weight[threadIdx.x] = rotation.weight ? rotation.weight[threadIdx.x] + rotation.shift : 1.f;
     __syncthreads();
     wait_for_previous();
     int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
@@ -361,19 +445,19 @@ prefill(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorM
         leave_registers<REGISTERS_FETCHING>();
         int warp = threadIdx.x / 32;
         if (warp == 8) fetch_tiles(a, shared, k_map, v_map, nowhere);
-        else if (warp == 9) take_items(a, items, shared);
+        else prepare_items(a, rotation, items, shared, warp - 9);
     } else {
         take_registers<REGISTERS_ATTENDING>();
-        Turn<ITEM_STAGES> turn;
+        Turn<ITEM_STAGES> turn, query_turn;
         Turn<K_STAGES> k_turn;
         Turn<V_STAGES> v_turn;
         while (true) {
-            shared.items.wait_full(turn);
-            Item item = handed_out[turn.stage()];
+            Item item = shared.next_item(turn);
             if (item.row < 0) break;
-            attend(a, item, warpgroup, shared.q + (turn.stage() * 2 + warpgroup) * QUERY_BYTES, shared, k_turn, v_turn);
+            shared.queries.wait_full(query_turn);
+            attend(a, item, warpgroup, shared.q + (query_turn.stage() * 2 + warpgroup) * QUERY_BYTES, shared, k_turn, v_turn);
             __syncwarp();
-            shared.items.leave(turn);
+            shared.queries.leave(query_turn);
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use minisgl_tensor::{Attention, BackendError, DType, Heads, Result, RopeStore, Tensor};
 
-use crate::backend::CudaBackend;
+use crate::backend::{CudaBackend, norm_args};
 use crate::choice::{Card, PrefillKernel};
 use crate::device::{Launch, address_of};
 use crate::kernels::{Key, Module};
@@ -48,15 +48,20 @@ impl CudaBackend {
         if decode_rows > 0 {
             self.decode(store, a, qkv, out)?;
         }
-        self.rope_store_op(store, decode_rows, qkv)?;
-        self.attention_from(decode_rows, a, qkv, out)
+        // Where one kernel takes all other rows, it rotates their Q as it fetches it.
+        let rotates_q = self.prefills_from(decode_rows, a);
+        let first_head = if rotates_q { a.heads.q } else { 0 };
+        self.rope_store_op(store, decode_rows, first_head, qkv)?;
+        self.attention_from(decode_rows, a, rotates_q.then_some(store), qkv, out)
     }
 
-    /// Attention of the rows from `first_row` on.
+    /// Attention of the rows from `first_row` on. Their Q is rotated already, or `kernels/prefill.cu` takes
+    /// them all and rotates it as `store` says.
     pub(crate) fn attention_from(
         &self,
         first_row: usize,
         a: &Attention<'_>,
+        store: Option<&RopeStore<'_>>,
         qkv: &Tensor,
         out: &Tensor,
     ) -> Result<()> {
@@ -97,8 +102,7 @@ impl CudaBackend {
             scale: a.scale,
             soft_cap: a.soft_cap.unwrap_or(0.0),
         };
-        let decode_rows =
-            if decodes_as_prefill(self.card(), heads) { 0 } else { batch.decode_rows };
+        let decode_rows = self.split_rows(a);
         if decode_rows > first_row {
             self.split_decode(&mut args, decode_rows, heads)?;
         }
@@ -108,10 +112,8 @@ impl CudaBackend {
             return Ok(());
         }
         args.first_row = first_row as i32;
-        if self.attention.prefill != PrefillKernel::Mma
-            && self.card().prefills_by_warpgroups(heads, batch.page_size)
-        {
-            return self.prefill(a, &args, rows);
+        if self.prefills_from(first_row, a) {
+            return self.prefill(a, &args, &Rotation::of_q(store), rows);
         }
         let longest = batch.extend_len_max.max(1);
         let (module, defines) = tiled_variant(heads);
@@ -124,6 +126,18 @@ impl CudaBackend {
         let shape = Launch { grid: [blocks, 1, rows], threads: 128, shared: 0, cluster: 1 };
         // SAFETY: `Args` has the kernel's layout; its addresses are the step's tensors.
         unsafe { self.device.launch_struct(function, shape, &args) }
+    }
+
+    /// The decode rows that go another way than those of many tokens.
+    fn split_rows(&self, a: &Attention<'_>) -> usize {
+        if decodes_as_prefill(self.card(), a.heads) { 0 } else { a.batch.decode_rows }
+    }
+
+    /// Whether `kernels/prefill.cu` takes all rows from `first_row` on.
+    fn prefills_from(&self, first_row: usize, a: &Attention<'_>) -> bool {
+        first_row >= self.split_rows(a)
+            && self.attention.prefill != PrefillKernel::Mma
+            && self.card().prefills_by_warpgroups(a.heads, a.batch.page_size)
     }
 
     fn split_decode(&self, args: &mut Args, rows: usize, heads: Heads) -> Result<()> {
@@ -145,7 +159,13 @@ impl CudaBackend {
         unsafe { self.device.launch_struct(function, shape, args) }
     }
 
-    fn prefill(&self, a: &Attention<'_>, args: &Args, rows: usize) -> Result<()> {
+    fn prefill(
+        &self,
+        a: &Attention<'_>,
+        args: &Args,
+        rotation: &Rotation,
+        rows: usize,
+    ) -> Result<()> {
         let heads = a.heads;
         let cache_rows = a.kv.k.elements() / heads.dim;
         let (k, v) = (page_matrix(&a.kv.k, a, 128).map()?, page_matrix(&a.kv.v, a, 128).map()?);
@@ -171,6 +191,7 @@ impl CudaBackend {
             address_of(&k),
             address_of(&v),
             address_of(&args),
+            address_of(rotation),
             address_of(&shared_out),
             address_of(&nowhere),
         ];
@@ -209,6 +230,25 @@ pub(crate) fn page_matrix(pages: &Tensor, a: &Attention<'_>, box_rows_max: usize
         rows: pages.elements() / a.heads.dim,
         cols: a.heads.dim,
         box_rows: a.batch.page_size.min(box_rows_max),
+    }
+}
+
+/// As `Rotation` in `kernels/prefill.cu`.
+#[repr(C)]
+#[derive(Default)]
+struct Rotation {
+    angles: u64,
+    weight: u64,
+    eps: f32,
+    shift: f32,
+}
+
+impl Rotation {
+    /// None: Q is rotated already.
+    fn of_q(store: Option<&RopeStore<'_>>) -> Self {
+        let Some(store) = store else { return Self::default() };
+        let (weight, eps, shift) = norm_args(store.q_norm);
+        Self { angles: store.rope.address(), weight, eps, shift }
     }
 }
 

@@ -399,11 +399,11 @@ impl Backend for CudaBackend {
     }
 
     fn rope_store(&self, args: &RopeStore<'_>, qkv: &Tensor) -> Result<()> {
-        self.rope_store_op(args, 0, qkv)
+        self.rope_store_op(args, 0, 0, qkv)
     }
 
     fn attention(&self, args: &Attention<'_>, qkv: &Tensor, out: &Tensor) -> Result<()> {
-        self.attention_from(0, args, qkv, out)
+        self.attention_from(0, args, None, qkv, out)
     }
 
     fn prefix_rows_max(&self, heads: Heads) -> usize {

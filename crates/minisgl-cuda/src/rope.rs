@@ -7,11 +7,12 @@ use crate::device::Launch;
 use crate::kernels::Module;
 
 impl CudaBackend {
-    /// The tokens from `first` on.
+    /// The tokens from `first` on, and of each the heads from `first_head` on: from `heads.q` on K and V.
     pub(crate) fn rope_store_op(
         &self,
         a: &RopeStore<'_>,
         first: usize,
+        first_head: usize,
         qkv: &Tensor,
     ) -> Result<()> {
         let (batch, heads) = (a.batch, a.heads);
@@ -38,6 +39,7 @@ impl CudaBackend {
             store_at: rest(&batch.store_at),
             q_heads: heads.q as i32,
             kv_heads: heads.kv as i32,
+            first_head: first_head as i32,
             dim: heads.dim as i32,
             page_size: batch.page_size as i32,
             q_eps,
@@ -64,6 +66,7 @@ struct Args {
     store_at: u64,
     q_heads: i32,
     kv_heads: i32,
+    first_head: i32,
     dim: i32,
     page_size: i32,
     q_eps: f32,

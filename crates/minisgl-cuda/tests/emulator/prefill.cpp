@@ -13,7 +13,21 @@ constexpr int KV_HEADS = 2, HEADS = KV_HEADS * GROUP, WIDTH = (HEADS + 2 * KV_HE
 
 // Tokens in the cache before, and new ones.
 struct Row { int cached, extend; };
-struct Options { int blocks, page_size, section, window; };
+enum Queries { ROTATED_BEFORE, TO_ROTATE, TO_NORM_AND_ROTATE };
+struct Options { int blocks, page_size, section, window; Queries queries; };
+
+// A query head, normed if there are weights, and rotated by angles `at` [cosines, sines].
+static std::vector<double> rotated(const bf16 *head, const float *norm, const float *at) {
+    std::vector<double> x(DIM), y(DIM);
+    double squares = 0;
+    for (int i = 0; i < DIM; i++) x[i] = to_float(head[i]), squares += x[i] * x[i];
+    for (int i = 0; i < DIM && norm; i++) x[i] *= (norm[i] + 1) / sqrt(squares / DIM + 1e-6);
+    for (int i = 0; i < DIM / 2; i++) {
+        double low = x[i], high = x[i + DIM / 2], c = at[i], s = at[i + DIM / 2];
+        y[i] = low * c - high * s, y[i + DIM / 2] = high * c + low * s;
+    }
+    return y;
+}
 
 static void check(const std::vector<Row> &rows, Options o) {
     std::vector<int> slots, query_start{0}, kv_len;
@@ -45,6 +59,16 @@ static void check(const std::vector<Row> &rows, Options o) {
     auto k_later = k, v_later = v;
     forget(k), forget(v);
     auto out = unwritten<bf16>(size_t(tokens) * HEADS * DIM);
+    int positions = *std::max_element(kv_len.begin(), kv_len.end());
+    std::vector<float> rope, norm = random_floats(DIM, 0.f, 0.3f);
+    for (int position = 0; position < positions; position++)
+        for (int i = 0; i < DIM; i++) {
+            double angle = position * pow(10000, -2.0 * (i % (DIM / 2)) / DIM);
+            rope.push_back(float(i < DIM / 2 ? cos(angle) : sin(angle)));
+        }
+    const float *angles = o.queries == ROTATED_BEFORE ? nullptr : rope.data();
+    const float *weight = o.queries == TO_NORM_AND_ROTATE ? norm.data() : nullptr;
+    Rotation rotation = {.angles = angles, .weight = weight, .eps = 1e-6f, .shift = 1.f};
     int taken = 0;
     const float scale = 1.f / sqrtf(DIM);
     Args args = {
@@ -62,7 +86,7 @@ static void check(const std::vector<Row> &rows, Options o) {
         .blocks = std::min(o.blocks, items), .cluster = 1, .threads = 384,
         .memory = [] { return memory; },
         .previous = [&] { qkv = qkv_later, k = k_later, v = v_later; },
-        .kernel = [&] { prefill(map(k), map(v), args, {items, int(rows.size()), o.section}, int(k.size() / DIM)); },
+        .kernel = [&] { prefill(map(k), map(v), args, rotation, {items, int(rows.size()), o.section}, int(k.size() / DIM)); },
     });
     if (taken) fail("the count of items is left for the next step");
     for (int row = 0; row < int(rows.size()); row++)
@@ -72,11 +96,14 @@ static void check(const std::vector<Row> &rows, Options o) {
             const bf16 *q = &qkv[size_t(query_start[row] + token) * WIDTH];
             for (int i = 0; i < HEADS * DIM; i++) got.push_back(to_float(out[size_t(query_start[row] + token) * HEADS * DIM + i]));
             for (int head = 0; head < HEADS; head++) {
+                std::vector<double> query;
+                for (int i = 0; i < DIM; i++) query.push_back(to_float(q[head * DIM + i]));
+                if (angles) query = rotated(q + head * DIM, weight, angles + size_t(at) * DIM);
                 double sum = 0;
                 for (int other = o.window > 0 ? std::max(0, at + 1 - o.window) : 0; other <= at; other++) {
                     size_t from = place(row, head / GROUP, other);
                     double score = 0;
-                    for (int i = 0; i < DIM; i++) score += to_float(q[head * DIM + i]) * to_float(k[from + i]) * scale;
+                    for (int i = 0; i < DIM; i++) score += query[i] * to_float(k[from + i]) * scale;
                     if (SOFT_CAP) score = 3 * tanh(score / 3);
                     sum += exp(score);
                     for (int i = 0; i < DIM; i++) want[head * DIM + i] += exp(score) * to_float(v[from + i]);
@@ -89,9 +116,9 @@ static void check(const std::vector<Row> &rows, Options o) {
 
 int main(int count, char **seeds) {
     return with_seeds(count, seeds, [] {
-        check({{0, 1}, {0, 9}, {0, 64}, {40, 3}}, {.blocks = 3, .page_size = 8, .section = 3});
-        check({{0, 300}, {131, 70}, {0, 0}}, {.blocks = 2, .page_size = 16, .section = 1});
-        check({{0, 260}, {5, 1}}, {.blocks = 5, .page_size = 32, .section = 2, .window = 70});
+        check({{0, 1}, {0, 9}, {0, 64}, {40, 3}}, {.blocks = 3, .page_size = 8, .section = 3, .queries = TO_NORM_AND_ROTATE});
+        check({{0, 300}, {131, 70}, {0, 0}}, {.blocks = 2, .page_size = 16, .section = 1, .queries = TO_NORM_AND_ROTATE});
+        check({{0, 260}, {5, 1}}, {.blocks = 5, .page_size = 32, .section = 2, .window = 70, .queries = TO_ROTATE});
         check({{250, 150}}, {.blocks = 2, .page_size = 256, .section = 1});
     });
 }

@@ -17,6 +17,8 @@ struct Case<'a> {
     rows: &'a [(usize, usize)],
     window: Option<usize>,
     soft_cap: Option<f32>,
+    /// Whether heads of q and k are normed.
+    norm: bool,
     /// Decode rows that begin with the same pages, and how many.
     shared: &'a [(Vec<usize>, usize)],
 }
@@ -62,25 +64,36 @@ fn rope_and_attention() {
             h(2, 1, 256),
             h(8, 8, 64),
             h(32, 2, 64),
+            h(32, 1, 64),
         ] {
-            for (page_size, window, soft_cap) in [
-                (1, None, None),
-                (16, None, None),
-                (16, Some(40), None),
-                (64, None, Some(2.0)),
-                (8, Some(40), None),
-                (3, Some(7), None),
+            for (page_size, window, soft_cap, norm) in [
+                (1, None, None, true),
+                (16, None, None, true),
+                (16, None, None, false),
+                (16, Some(40), None, true),
+                (64, None, Some(2.0), true),
+                (8, Some(40), None, false),
+                (3, Some(7), None, true),
             ] {
-                let case = Case { heads, page_size, rows: mixed, window, soft_cap, shared: &[] };
+                let case =
+                    Case { heads, page_size, rows: mixed, window, soft_cap, norm, shared: &[] };
                 attention_case(&mut r, &case);
             }
+        }
+        // More tiles of queries than the card has multiprocessors, some behind a prefix.
+        let prompts: &[(usize, usize)] = &[(3, 1), (0, 700), (300, 600), (0, 5), (1000, 450)];
+        for heads in [h(16, 8, 128), h(14, 2, 64)] {
+            let (page_size, window, soft_cap, norm) = (16, None, None, true);
+            let case =
+                Case { heads, page_size, rows: prompts, window, soft_cap, norm, shared: &[] };
+            attention_case(&mut r, &case);
         }
         let many: &[(usize, usize)] = &[(1500, 1); 20];
         let short: Vec<(usize, usize)> = (0..300).map(|i| (i % 41, 1)).collect();
         for rows in [many, &short, &[(1000, 1)]] {
             for heads in [h(4, 2, 128), h(10, 2, 128), h(24, 2, 64)] {
-                let case =
-                    Case { heads, page_size: 16, rows, window: None, soft_cap: None, shared: &[] };
+                let (page_size, window, soft_cap, norm) = (16, None, None, true);
+                let case = Case { heads, page_size, rows, window, soft_cap, norm, shared: &[] };
                 attention_case(&mut r, &case);
             }
         }
@@ -139,7 +152,7 @@ fn shared_cases(r: &mut Rig, heads: Heads, page_size: usize) {
     let few = [(960 + 100, 1), (960 + 1, 1), (960 + 333, 1)];
     let three = [(vec![0, 1, 2], 960 / page_size)];
     let mut run = |rows, window, soft_cap, shared| {
-        attention_case(r, &Case { heads, page_size, rows, window, soft_cap, shared });
+        attention_case(r, &Case { heads, page_size, rows, window, soft_cap, norm: true, shared });
     };
     for soft_cap in [None, Some(2.0)] {
         // A window is another kernel's, whatever is shared.
@@ -256,13 +269,14 @@ impl<'a> Layout<'a> {
         }
     }
 
-    /// Norm and rotation of all heads of q and k in `qkv`, `[tokens, width]`.
+    /// Norm, if there is one, and rotation of all heads of q and k in `qkv`, `[tokens, width]`.
     fn rotate(&self, qkv: &mut [f64], [q_norm, k_norm]: [&[f64]; 2], angles: &[f64], r: &Rig) {
-        let Heads { q, kv, dim } = self.case.heads;
+        let Case { heads: Heads { q, kv, dim }, norm, .. } = *self.case;
         for (token, &position) in qkv.chunks_mut(self.case.heads.qkv_width()).zip(&self.positions) {
             let (cosines, sines) = angles[position as usize * dim..][..dim].split_at(dim / 2);
             for (head, x) in token.chunks_mut(dim).take(q + kv).enumerate() {
-                let n = normed(x, if head < q { q_norm } else { k_norm }, dim, 1e-6);
+                let weight = if head < q { q_norm } else { k_norm };
+                let n = if norm { normed(x, weight, dim, 1e-6) } else { x.to_vec() };
                 for i in 0..dim / 2 {
                     let (low, high) = (n[i], n[i + dim / 2]);
                     x[i] = r.round(low * cosines[i] - high * sines[i]);
@@ -391,8 +405,8 @@ fn attention_case(r: &mut Rig, case: &Case<'_>) {
     let angles = rope_table(batch.kv_len_max, dim);
     let rope = r.f32s(&angles).reshape(&[batch.kv_len_max, dim]);
     let (batch, scale) = (&batch, (1.0 / (dim as f64).sqrt()) as f32);
-    let store =
-        RopeStore { batch, heads, q_norm: Some(&qn), k_norm: Some(&kn), rope: &rope, kv: &pages };
+    let [qn, kn] = [&qn, &kn].map(|weight| case.norm.then_some(weight));
+    let store = RopeStore { batch, heads, q_norm: qn, k_norm: kn, rope: &rope, kv: &pages };
     let attention = Attention { batch, heads, kv: &pages, scale, window, soft_cap };
 
     // The same on the host.
@@ -402,7 +416,8 @@ fn attention_case(r: &mut Rig, case: &Case<'_>) {
     layout.store(&qkv, q + kv, &mut v);
     let want = layout.attend(&qkv, [&k, &v]);
 
-    let what = format!("{heads:?} page {page_size} window {window:?} cap {soft_cap:?}");
+    let norm = case.norm;
+    let what = format!("{heads:?} page {page_size} window {window:?} cap {soft_cap:?} norm {norm}");
     r.b.rope_store(&store, &in_place).unwrap();
     layout.check_pages(r, &format!("k {what}"), &pages.k, &k);
     layout.check_pages(r, &format!("v {what}"), &pages.v, &v);
