@@ -156,67 +156,64 @@ template <typename E, int N> struct __align__(sizeof(E) * N) Piece { E x[N]; };
 
 // A lane has `N` elements of a head's first half, and those that they rotate with. As many lanes as half a
 // head takes, rounded up to a power of 2, have a head: a warp has several heads at once.
-template <int N> __device__ __forceinline__ void rope_heads(const RopeArgs &a) {
+template <int N> __device__ __forceinline__ void rope_head(const RopeArgs &a) {
     int half = a.dim / 2, lanes = half > N ? 1 << (32 - __clz(half / N - 1)) : 1;
     int token = blockIdx.x, i = threadIdx.x % lanes * N, heads = a.q_heads + 2 * a.kv_heads;
-    int slot = a.store_at[token], page = slot / a.page_size, row = slot % a.page_size;
-    const float *angles = a.rope + (long long)a.positions[token] * a.dim;
-    for (int first = a.first_head; first < heads; first += blockDim.x / lanes) {
-        int head = first + threadIdx.x / lanes;
-        bool is_key = head >= a.q_heads, is_value = head >= a.q_heads + a.kv_heads;
-        bool there = i < half && head < heads && (slot >= 0 || !is_key);
-        T *from = a.qkv + ((long long)token * heads + head) * a.dim + i, *to = from;
-        if (is_key) {
-            int kv_head = head - a.q_heads - (is_value ? a.kv_heads : 0);
-            to = (is_value ? a.v_pages : a.k_pages) + (((long long)page * a.kv_heads + kv_head) * a.page_size + row) * a.dim + i;
-        }
-        Piece<T, N> low = {}, high = {};
-        if (there) low = *(const Piece<T, N> *)from, high = *(const Piece<T, N> *)(from + half);
-        float squares = 0.f;
+    int head = a.first_head + (blockIdx.y * blockDim.x + threadIdx.x) / lanes;
+    bool is_key = head >= a.q_heads, is_value = head >= a.q_heads + a.kv_heads, there = i < half && head < heads;
+    T *to = a.qkv + (there ? ((long long)token * heads + head) * a.dim + i : 0);
+    // Also of tokens that go nowhere: this does not wait for where they go.
+    Piece<T, N> low = *(const Piece<T, N> *)to, high = *(const Piece<T, N> *)(to + half);
+    int slot = a.store_at[token], first_angle = a.positions[token] * a.dim + i;
+    float squares = 0.f;
 #pragma unroll
-        for (int e = 0; e < N; e++) {
-            float l = to_float(low.x[e]), h = to_float(high.x[e]);
-            squares += l * l + h * h;
-        }
-        // All lanes take part in this.
-        for (int lane = lanes / 2; lane; lane /= 2) squares += __shfl_xor_sync(~0u, squares, lane);
-        if (!there) continue;
-        const float *weight = is_key ? a.k_weight : a.q_weight;
-        float scale = rsqrtf(squares / a.dim + (is_key ? a.k_eps : a.q_eps)), shift = is_key ? a.k_shift : a.q_shift;
-        // Few registers at once, so that many blocks are on a multiprocessor.
-#pragma unroll
-        for (int e = 0; e < N; e += 4) {
-            if (is_value) break;
-            Piece<float, 4> c = *(const Piece<float, 4> *)(angles + i + e), s = *(const Piece<float, 4> *)(angles + half + i + e);
-            Piece<float, 4> v = {1.f, 1.f, 1.f, 1.f}, w = v;
-            if (weight) {
-                v = *(const Piece<float, 4> *)(weight + i + e), w = *(const Piece<float, 4> *)(weight + half + i + e);
-#pragma unroll
-                for (int j = 0; j < 4; j++) v.x[j] = scale * (v.x[j] + shift), w.x[j] = scale * (w.x[j] + shift);
-            }
-#pragma unroll
-            for (int j = 0; j < 4; j++) {
-                float l = to_float(low.x[e + j]) * v.x[j], h = to_float(high.x[e + j]) * w.x[j];
-                low.x[e + j] = from_float<T>(l * c.x[j] - h * s.x[j]), high.x[e + j] = from_float<T>(h * c.x[j] + l * s.x[j]);
-            }
-        }
-        *(Piece<T, N> *)to = low, *(Piece<T, N> *)(to + half) = high;
+    for (int e = 0; e < N; e++) {
+        float l = to_float(low.x[e]), h = to_float(high.x[e]);
+        squares += l * l + h * h;
     }
+    // All lanes take part in this.
+    if (!there) squares = 0.f;
+    for (int lane = lanes / 2; lane; lane /= 2) squares += __shfl_xor_sync(~0u, squares, lane);
+    if (!there || (is_key && slot < 0)) return;
+    const float *weight = is_key ? a.k_weight : a.q_weight, *angles = a.rope + first_angle;
+    float scale = rsqrtf(squares / a.dim + (is_key ? a.k_eps : a.q_eps)), shift = is_key ? a.k_shift : a.q_shift;
+    // Few registers at once, so that many blocks are on a multiprocessor.
+#pragma unroll
+    for (int e = 0; e < N; e += 4) {
+        if (is_value) break;
+        Piece<float, 4> c = *(const Piece<float, 4> *)(angles + e), s = *(const Piece<float, 4> *)(angles + half + e);
+        Piece<float, 4> v = {1.f, 1.f, 1.f, 1.f}, w = v;
+        if (weight) {
+            v = *(const Piece<float, 4> *)(weight + i + e), w = *(const Piece<float, 4> *)(weight + half + i + e);
+#pragma unroll
+            for (int j = 0; j < 4; j++) v.x[j] = scale * (v.x[j] + shift), w.x[j] = scale * (w.x[j] + shift);
+        }
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            float l = to_float(low.x[e + j]) * v.x[j], h = to_float(high.x[e + j]) * w.x[j];
+            low.x[e + j] = from_float<T>(l * c.x[j] - h * s.x[j]), high.x[e + j] = from_float<T>(h * c.x[j] + l * s.x[j]);
+        }
+    }
+    if (is_key) {
+        int kv_head = head - a.q_heads - (is_value ? a.kv_heads : 0), page = slot / a.page_size, row = slot % a.page_size;
+        to = (is_value ? a.v_pages : a.k_pages) + (((long long)page * a.kv_heads + kv_head) * a.page_size + row) * a.dim + i;
+    }
+    *(Piece<T, N> *)to = low, *(Piece<T, N> *)(to + half) = high;
 }
 
 // Blocks on a multiprocessor. As many as do without spills: it is loads on their way that this waits for.
 #define ROPE_BLOCKS (__CUDA_ARCH__ == 900 ? 5 : 4)
 
 // Per head: norm (a null weight skips it), rotation of element i with i + dim/2, K and V to their
-// pages, Q in place. qkv [tokens, (q + 2·kv)·dim], dim a multiple of 8; rope [positions, dim]. A block a
-// token.
+// pages, Q in place. qkv [tokens, (q + 2·kv)·dim], dim a multiple of 8; rope [positions, dim]. Heads before
+// `first_head` stay as they are. Grid: x = token, y = as many of its heads as a block has lanes for.
 extern "C" __global__ void __launch_bounds__(256, ROPE_BLOCKS) rope_store(const RopeArgs a) {
     let_next_start();
     wait_for_previous();
     // Loads of 16 bytes where halves of heads begin at multiples of them.
     constexpr int N = 16 / sizeof(T);
-    if (a.dim % (2 * N) == 0) rope_heads<N>(a);
-    else rope_heads<4>(a);
+    if (a.dim % (2 * N) == 0) rope_head<N>(a);
+    else rope_head<4>(a);
 }
 
 // logits = cap · tanh(logits / cap).

@@ -48,8 +48,16 @@ impl CudaBackend {
             k_shift,
         };
         let function = self.kernels.get(Module::Elementwise, &[], "rope_store")?;
+        // Of each half of a head, a lane has 16 bytes, or 4 elements where that does not divide it.
+        let wide = if self.exact { 4 } else { 8 };
+        let piece = if heads.dim % (2 * wide) == 0 { wide } else { 4 };
+        let lanes = (heads.dim / 2 / piece).next_power_of_two();
+        let all_threads = (heads.q + 2 * heads.kv - first_head) * lanes;
+        let blocks = all_threads.div_ceil(256);
+        let threads = all_threads.div_ceil(blocks).next_multiple_of(32);
+        let shape = Launch { grid: [tokens, blocks, 1], threads, shared: 0, cluster: 1 };
         // SAFETY: `Args` has the kernel's layout; its addresses are the step's tensors.
-        unsafe { self.device.launch_struct(function, Launch::new(tokens, 256), &args) }
+        unsafe { self.device.launch_struct(function, shape, &args) }
     }
 }
 
