@@ -366,7 +366,11 @@ impl Backend for CudaBackend {
     fn rms_norm(&self, x: &Tensor, norm: &Norm, out: &Tensor) -> Result<()> {
         self.settle()?;
         let (weight, eps, shift) = norm_args(Some(norm));
-        let threads = (x.row_len() / 8).next_multiple_of(32).clamp(32, 512);
+        // A thread has 16 bytes of a row; 64 where there are rows enough to fill the card, so that more of
+        // them are on their way at once.
+        let fills = !self.exact && x.dim(0) >= 16 * self.device.multiprocessors;
+        let pieces = (x.row_len() / 8).div_ceil(if fills { 4 } else { 1 });
+        let threads = pieces.next_multiple_of(32).clamp(32, 512);
         self.simple(
             "rms_norm",
             Launch::new(x.dim(0), threads),

@@ -248,6 +248,20 @@ fn linear_case(r: &mut Rig, m: usize, n: usize, k: usize) {
 }
 
 #[test]
+fn norms_of_many_rows() {
+    const ROWS: usize = 3000;
+    for mut r in rigs("norm") {
+        for width in [64, 1000, 1024, 5120] {
+            let (x, xt) = r.tensor(&[ROWS, width]);
+            let (w, weight) = r.vector(width);
+            let out = r.out(&[ROWS, width]);
+            r.b.rms_norm(&xt, &Norm { weight, eps: 1e-6, plus_one: false }, &out).unwrap();
+            r.close(&format!("norm of {width}"), &r.get(&out), &normed(&x, &w, width, 1e-6));
+        }
+    }
+}
+
+#[test]
 fn large_uploads_arrive_whole() {
     for r in rigs("upload") {
         // Beyond what one thread uploads, and no multiple of a part.
