@@ -265,7 +265,7 @@ impl<'a> Model<'a> {
             layers,
             norm: ones(s.hidden)?,
             head_norm: ones(s.heads.dim)?,
-            rope: b.alloc(DType::F32, &[4096, s.heads.dim])?,
+            rope: rotation(b, s.heads.dim)?,
             token_table: b.alloc(DType::I32, &[slots])?,
         })
     }
@@ -359,6 +359,21 @@ impl<'a> Model<'a> {
         }
         Ok(())
     }
+}
+
+/// Of 4,096 positions, the cosines of half a head's angles and then their sines: without, K and Q are zeros,
+/// whose products take less power than a model's.
+fn rotation(b: &CudaBackend, dim: usize) -> Result<Tensor> {
+    let half = dim / 2;
+    let angle =
+        |position: usize, i: usize| position as f32 * 1e6_f32.powf(-(i as f32) / half as f32);
+    let row = |position: usize| {
+        let angles = move || (0..half).map(move |i| angle(position, i));
+        angles().map(f32::cos).chain(angles().map(f32::sin)).flat_map(f32::to_le_bytes)
+    };
+    let table = b.alloc(DType::F32, &[4096, dim])?;
+    b.upload(&(0..4096).flat_map(row).collect::<Vec<_>>(), &table)?;
+    Ok(table)
 }
 
 /// All rows together, as an engine deals them into lots.
