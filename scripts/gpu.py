@@ -4,6 +4,8 @@
 `scripts/gpu_build.sh` makes what this runs. Each PART can be run by itself:
 
   tests        operations, collectives, and every tiny checkpoint on one card, two ranks included
+  smollm2      a real model's tokens against those of Hugging Face, in float32 and bf16; the model is
+               where the program keeps it, or comes from --smollm2
   memcheck     operations and half layers under compute-sanitizer, likewise racecheck
   racecheck
   faults       a kernel that traps, a refused launch, no memory in flight and at start
@@ -18,7 +20,7 @@
   tp-offline   the offline benchmark of the same
   tp-kill      a server whose rank 1 is stopped while clients read
 
-`test`, `bench` and `tp` stand for the parts of each kind. Weights are made up. A table goes to
+`test`, `model`, `bench` and `tp` stand for the parts of each kind. Weights are made up. A table goes to
 standard output; OUT/gpu.json has the figures, added to those of earlier runs, OUT/gpu.log all that
 the commands wrote. Ends with 1 if a part failed.
 """
@@ -43,6 +45,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 MODELS = ROOT / "scripts" / "gpu_models"
 GROUPS = {
     "test": ["tests", "memcheck", "racecheck", "faults"],
+    "model": ["smollm2"],
     "bench": ["start", "steps", "operations", "offline", "online"],
     "tp": ["tp-tests", "tp-exchange", "tp-steps", "tp-offline", "tp-kill"],
 }
@@ -186,11 +189,11 @@ class Bench:
 
     # Tests.
 
-    def cargo_tests(self, part, names, *only):
+    def cargo_tests(self, part, names, *only, env=None):
         counts = {}
         for name in names:
             started = time.time()
-            out = self.run(name, "--nocapture", "--test-threads=1", *only)
+            out = self.run(name, "--nocapture", "--test-threads=1", *only, env=env)
             found = re.search(r"(\d+) passed; (\d+) failed", out)
             # A test that finds no card, or too few, says so and passes.
             skipped = re.findall(r"^.*skipped.*$", self.written, re.MULTILINE)
@@ -210,6 +213,16 @@ class Bench:
 
     def tp_tests(self):
         self.cargo_tests("tp-tests", ["collective", "cards"], "cards_of_their_own")
+
+    def smollm2(self):
+        """The tests of a real model, with the model in the program's own cache."""
+        env = {"MINISGL_TEST_DEVICE": self.args.device}
+        if self.args.smollm2:
+            models = pathlib.Path(self.temporary.name) / "minisgl" / "models"
+            models.mkdir(parents=True, exist_ok=True)
+            shutil.copy(self.args.smollm2, models / "SmolLM2-135M-Instruct.Q4_1.gguf")
+            env["XDG_CACHE_HOME"] = self.temporary.name
+        self.cargo_tests("smollm2", ["real_model"], env=env)
 
     def memcheck(self):
         self.sanitize("memcheck")
@@ -589,6 +602,7 @@ def main():
     parser.add_argument("--bin", default=ROOT / "target" / "gpu", help="what gpu_build.sh made")
     parser.add_argument("--out", default=ROOT / "target" / "gpu-results", help="for the results")
     parser.add_argument("--tokenizer", help="a folder with tokenizer.json, for parts with a server")
+    parser.add_argument("--smollm2", help="SmolLM2-135M-Instruct.Q4_1.gguf, for the part of that name")
     parser.add_argument("--models", type=lambda text: text.split(","), help="of those in gpu_models")
     parser.add_argument("--tp", type=int, default=2, help="ranks of the parts with several cards")
     parser.add_argument(
