@@ -12,8 +12,8 @@
 //   second    each block has all of the cluster's values, and multiplies them with its rows of the
 //             second matrix, of which the cluster has some columns: a part of the sum, for the next kernel.
 //
-// All weights of a block are on their way, into its shared memory or the L2 cache, before the kernel in front
-// is done.
+// All weights of a block are on their way, into its shared memory, its registers or the L2 cache, before the
+// kernel in front is done.
 // Blocks send with `st.async`: the receiver's barrier counts the bytes, and nobody waits for a sender.
 
 #define WARPS 8
@@ -24,7 +24,7 @@
 // Floats between rows of sums; twice this is 8 more than a multiple of 32, so that lanes' stores do not meet.
 #define SUMS_ROW(tiles) ((tiles) * 16 + 4)
 // As many parts as a residual stream has at most.
-#define PARTS_MAX 12
+#define PARTS_MAX 8
 
 // The residual stream: rows of `hidden` in bf16, to which `parts` lots of [rows, hidden] are to be added.
 // Where there are none, `added` has room for one.
@@ -122,9 +122,24 @@ __device__ __forceinline__ float norm_factor(const Residual &r, const float *squ
     return rsqrtf(sum / r.hidden + r.eps);
 }
 
-// sums[warp][row][m] = a warp's share of Σ_k w[m][k] · x[row][k]: every eighth 32 of k. m counts through
-// TILES tiles of 16. The order of k inside 32 is permuted alike for both, for reads of 16 bytes. `have_read`
-// runs between the last read and the first write of sums.
+// sum += 16 rows of 32 weights each, of which a lane has 8 of row lane / 4 and 8 of the eighth behind it, times
+// as many values of 8 rows. The order of k inside 32 is permuted alike for both, for reads of 16 bytes.
+__device__ __forceinline__ void multiply_32(float (&sum)[4], uint4 low, uint4 high, uint4 values) {
+    mma(sum, low.x, high.x, low.y, high.y, values.x, values.y);
+    mma(sum, low.z, high.z, low.w, high.w, values.z, values.w);
+}
+// sums[warp][row][m] = the warp's share. m counts through TILES tiles of 16.
+template <int TILES> __device__ __forceinline__ void put_sums(const float (&share)[TILES][4], float *sums) {
+    int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x & 3;
+    float *to = sums + (warp * ROWS + 2 * t) * SUMS_ROW(TILES) + g;
+#pragma unroll
+    for (int j = 0; j < TILES; j++) {
+        to[j * 16] = share[j][0], to[SUMS_ROW(TILES) + j * 16] = share[j][1];
+        to[j * 16 + 8] = share[j][2], to[SUMS_ROW(TILES) + j * 16 + 8] = share[j][3];
+    }
+}
+// sums[warp][row][m] = a warp's share of Σ_k w[m][k] · x[row][k]: every eighth 32 of k. `have_read` runs between
+// the last read and the first write of sums.
 template <int TILES, typename HaveRead>
 __device__ __forceinline__ void multiply(const unsigned char *w, const unsigned char *x, int k, float *sums, HaveRead have_read) {
     int warp = threadIdx.x / 32, lane = threadIdx.x & 31, g = lane / 4, t = lane & 3;
@@ -138,18 +153,10 @@ __device__ __forceinline__ void multiply(const unsigned char *w, const unsigned 
             high[j] = *(const uint4 *)(w + (j * 16 + g + 8) * STRIDE(k) + at);
         }
 #pragma unroll
-        for (int j = 0; j < TILES; j++) {
-            mma(acc[j], low[j].x, high[j].x, low[j].y, high[j].y, v.x, v.y);
-            mma(acc[j], low[j].z, high[j].z, low[j].w, high[j].w, v.z, v.w);
-        }
+        for (int j = 0; j < TILES; j++) multiply_32(acc[j], low[j], high[j], v);
     }
     have_read();
-    float *to = sums + (warp * ROWS + 2 * t) * SUMS_ROW(TILES) + g;
-#pragma unroll
-    for (int j = 0; j < TILES; j++) {
-        to[j * 16] = acc[j][0], to[SUMS_ROW(TILES) + j * 16] = acc[j][1];
-        to[j * 16 + 8] = acc[j][2], to[SUMS_ROW(TILES) + j * 16 + 8] = acc[j][3];
-    }
+    put_sums(acc, sums);
     named_barrier(1, THREADS);
 }
 // All warps' shares of m and the three behind it.

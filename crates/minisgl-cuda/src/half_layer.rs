@@ -25,9 +25,14 @@ const ATTEND_THREADS: usize = THREADS + 32;
 const TILE: usize = 16;
 const STAGES: usize = WARPS;
 /// Parts of what is added, as `PARTS_MAX` in the kernels.
-const PARTS_MAX: usize = 12;
+const PARTS_MAX: usize = 8;
+/// The MLP's clusters, at most: they find room beside the attention half's 8, so that the weights of each half
+/// come while the other runs.
+const MLP_CLUSTERS: usize = 7;
 /// What a block can have.
 const SHARED_BYTES: usize = 227 << 10;
+/// Registers in which a thread of the MLP can hold weights.
+const HELD_REGISTERS: usize = 144;
 
 /// A residual stream that is to have `parts` times `[rows, width]` added.
 pub(crate) struct Pending {
@@ -90,7 +95,6 @@ struct MlpArgs {
     down: u64,
     part: u64,
     inner_total: i32,
-    inner: i32,
     gelu: i32,
 }
 
@@ -99,10 +103,12 @@ fn stride(k: usize) -> usize {
     2 * k + 64
 }
 
-/// A block's tiles of 16 rows of the first and of the second matrix, and its shared memory.
+/// A block's tiles of 16 rows of the first matrix, how many of them registers hold, and of the second matrix,
+/// and its shared memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Block {
     first: usize,
+    held: usize,
     second: usize,
     shared: usize,
 }
@@ -125,19 +131,24 @@ impl Block {
             + ROWS * qkv * 2
             + 8 * group.div_ceil(8) * (dim + 8) * 2;
         // Beside this the kernel has its warps' tops, barriers, and how work is divided.
-        Self::new(hidden, Self { first, second, shared }, 2048).filter(|_| divides)
+        Self::new(hidden, Self { first, held: 0, second, shared }, 2048).filter(|_| divides)
     }
 
-    /// Of the MLP half with `inner` inner features a cluster.
-    fn mlp(hidden: usize, inner: usize) -> Option<Self> {
-        let (first, second) = (inner / (8 * CLUSTER), hidden / (16 * CLUSTER));
-        let shared = (first * 16 * stride(hidden)).max(sums(first.max(second)))
-            + second * 16 * stride(inner)
-            + ROWS * (stride(hidden) + stride(inner))
-            + ROWS * CLUSTER * 4;
-        // Beside this the kernel has barriers.
-        Self::new(hidden, Self { first, second, shared }, 128)
-            .filter(|_| inner.is_multiple_of(8 * CLUSTER))
+    /// Of the MLP half: clusters, and a block with as much as fits in shared memory.
+    fn mlp(hidden: usize, inner: usize, most_clusters: usize) -> Option<(usize, Self)> {
+        let first = inner.div_ceil(most_clusters.max(1) * 8 * CLUSTER);
+        let (in_cluster, second) = (first * 8 * CLUSTER, hidden / (16 * CLUSTER));
+        let registers = |held: usize| 8 * (held * (hidden / 32).div_ceil(WARPS) + in_cluster / 32);
+        let block = |held: usize| {
+            let shared = ((first - held) * 16 * stride(hidden)).max(sums(first))
+                + ROWS * (stride(hidden) + stride(in_cluster))
+                + ROWS * CLUSTER * 4;
+            // Beside this the kernel has barriers.
+            Self::new(hidden, Self { first, held, second, shared }, 128)
+        };
+        (1..=first)
+            .filter(|held| inner.is_multiple_of(8) && registers(*held) <= HELD_REGISTERS)
+            .find_map(|held| Some((inner.div_ceil(in_cluster), block(held)?)))
     }
 
     fn new(hidden: usize, block: Self, beside: usize) -> Option<Self> {
@@ -165,17 +176,12 @@ fn attend_variant(block: Block, heads: Heads) -> Key {
 }
 
 fn mlp_variant(block: Block) -> Key {
-    let sizes = [CLUSTER, block.first, block.second].map(|size| size as i32);
-    (Module::Mlp, ["CLUSTER", "FIRST", "SECOND"].into_iter().zip(sizes).collect())
+    let sizes = [CLUSTER, block.first, block.held, block.second].map(|size| size as i32);
+    (Module::Mlp, ["CLUSTER", "FIRST", "HELD", "SECOND"].into_iter().zip(sizes).collect())
 }
 
-/// The MLP's clusters: as many as divide it evenly.
-fn mlp_clusters(hidden: usize, inner: usize, multiprocessors: usize) -> Option<(usize, Block)> {
-    let most = PARTS_MAX.min(multiprocessors / CLUSTER);
-    (1..=most)
-        .rev()
-        .filter(|clusters| inner.is_multiple_of(*clusters))
-        .find_map(|clusters| Some((clusters, Block::mlp(hidden, inner / clusters)?)))
+fn mlp_block(hidden: usize, inner: usize, multiprocessors: usize) -> Option<(usize, Block)> {
+    Block::mlp(hidden, inner, MLP_CLUSTERS.min(multiprocessors / CLUSTER))
 }
 
 /// The kernels of a model's half layers, as far as there are any.
@@ -186,7 +192,7 @@ pub(crate) fn half_layer_variants(
     multiprocessors: usize,
 ) -> Vec<Key> {
     let attend = Block::attend(hidden, heads).map(|block| attend_variant(block, heads));
-    let mlp = mlp_clusters(hidden, inner, multiprocessors).map(|(_, block)| mlp_variant(block));
+    let mlp = mlp_block(hidden, inner, multiprocessors).map(|(_, block)| mlp_variant(block));
     attend.into_iter().chain(mlp).collect()
 }
 
@@ -256,7 +262,7 @@ impl CudaBackend {
     /// Whether `mlp.cu` does it.
     pub(crate) fn fused_mlp_op(&self, a: &Mlp<'_>, hidden: &Tensor) -> Result<bool> {
         let inner_total = a.down.cols();
-        let block = mlp_clusters(hidden.row_len(), inner_total, self.device.multiprocessors);
+        let block = mlp_block(hidden.row_len(), inner_total, self.device.multiprocessors);
         let Some((clusters, block)) = block else { return Ok(false) };
         if !self.can_fuse(hidden, clusters) {
             return Ok(false);
@@ -274,7 +280,6 @@ impl CudaBackend {
             down: tensor(a.down).address(),
             part: pending.added.address(),
             inner_total: inner_total as i32,
-            inner: (inner_total / clusters) as i32,
             gelu: i32::from(a.activation == Activation::GeluTanh),
         };
         // SAFETY: `MlpArgs` has the kernel's layout; shapes as `Backend::mlp` states.
@@ -345,11 +350,15 @@ mod tests {
         // Qwen3-0.6B.
         let heads = Heads { q: 16, kv: 8, dim: 128 };
         let attend = Block::attend(1024, heads).unwrap();
-        let mlp = Block::mlp(1024, 3072 / 12).unwrap();
-        assert_eq!((attend.first, attend.second, mlp.first, mlp.second), (4, 8, 4, 8));
+        let (clusters, mlp) = Block::mlp(1024, 3072, 7).unwrap();
+        assert_eq!((attend.first, attend.second), (4, 8));
+        assert_eq!((clusters, mlp.first, mlp.held, mlp.second), (7, 7, 1, 8));
+        // What finds room in shared memory.
+        let (clusters, mlp) = Block::mlp(512, 1024, 7).unwrap();
+        assert_eq!((clusters, mlp.first, mlp.held, mlp.second), (6, 3, 1, 4));
         // Qwen3-1.7B's MLP, SmolLM2's width, heads that do not divide.
-        assert_eq!(Block::mlp(2048, 6144 / 12), None);
-        assert_eq!(Block::mlp(576, 1536 / 12), None);
+        assert_eq!(Block::mlp(2048, 6144, 7), None);
+        assert_eq!(Block::mlp(576, 1536, 7), None);
         assert_eq!(Block::attend(1024, Heads { q: 8, kv: 8, dim: 64 }), None);
     }
 }

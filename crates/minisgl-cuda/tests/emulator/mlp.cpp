@@ -1,4 +1,4 @@
-// `mlp.cu` with the sizes that FIRST, SECOND and CLUSTER name.
+// `mlp.cu` with the sizes that FIRST, HELD, SECOND and CLUSTER name.
 #include "ptx.h"
 
 #include "half_layer.cuh"
@@ -8,12 +8,13 @@
 
 alignas(128) thread_local unsigned char memory[machine::SHARED_BYTES + machine::GUARD_BYTES];
 
-static void check(int clusters, int rows, int parts, int gelu) {
-    const int hidden = SECOND * 16 * CLUSTER, inner = FIRST * 8 * CLUSTER, inner_total = inner * clusters;
+// `lacks`: inner features that the last cluster does not have.
+static void check(int clusters, int lacks, int rows, int parts, int gelu) {
+    const int hidden = HIDDEN, inner_total = INNER * clusters - lacks;
     Stream stream(rows, hidden, parts, clusters);
     auto gate_up = random_bf16(size_t(2) * inner_total * hidden, 0.05f);
     auto down = random_bf16(size_t(hidden) * inner_total, 0.05f);
-    Args args = {stream.residual(), gate_up.data(), down.data(), stream.part.data(), inner_total, inner, gelu};
+    Args args = {stream.residual(), gate_up.data(), down.data(), stream.part.data(), inner_total, gelu};
     machine::run({
         .blocks = clusters * CLUSTER, .cluster = CLUSTER, .threads = THREADS,
         .memory = [] { return memory; },
@@ -30,8 +31,8 @@ static void check(int clusters, int rows, int parts, int gelu) {
 
 int main(int count, char **seeds) {
     return with_seeds(count, seeds, [] {
-        check(1, 1, 0, 0);
-        check(2, 3, 1, 1);
-        check(3, 8, 8, 0);
+        check(1, 8, 1, 0, 0);
+        check(2, 0, 3, 1, 1);
+        check(3, INNER - 24, 8, 8, 0);
     });
 }

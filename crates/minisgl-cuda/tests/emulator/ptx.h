@@ -49,6 +49,10 @@ inline void check_aligned(const char *what, uintptr_t place, int bytes) {
     if (place % bytes) fail("%s: %#zx is no multiple of %d", what, size_t(place), bytes);
 }
 
+inline uint4 load_weights(const void *address) {
+    check_aligned("from", uintptr_t(address), 16);
+    return *(const uint4 *)address;
+}
 inline void copy_16(u32 to, const void *from, bool there = true) {
     check_aligned("to", to, 16);
     if (there) check_aligned("from", uintptr_t(from), 16);
