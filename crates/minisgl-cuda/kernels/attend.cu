@@ -5,16 +5,17 @@
 // behind one another, are divided evenly between its blocks. A block sends what it summed for a row to all
 // blocks, and each merges all rows.
 //
-// In shared memory: STAGES tiles on their way; the block's rows of the first matrix; the normed rows, and
-// later, in the same place, the attended ones; q, k and v of all rows; one row's rotated q. The first matrix
-// is gone once it has been multiplied, and in its place come the rows of the second, sums, and what all
-// blocks summed: for each pair of a row and a block that has tiles of it, [group][DIM] sums, and their tops.
+// In shared memory: a tile of each warp; the block's rows of the first matrix; the normed rows; q, k and v of
+// all rows; one row's rotated q. The first matrix and the normed rows are gone once they have been multiplied,
+// and in their place come another tile of each warp, the rows of the second matrix, sums, and what all blocks
+// summed: for each pair of a row and a block that has tiles of it, [group][DIM] sums, and their tops. In the
+// tiles' place come in the end the attended rows and the second product's sums.
 
-// Tiles of a block: FIRST of its rows of the first matrix, and SECOND of the second. GROUP query heads a
-// KV head.
+// Tiles of a block: FIRST of its rows of the first matrix, and SECOND of the second, of which LATE rows lie in
+// the last stages of the ring, as there is no room elsewhere. GROUP query heads a KV head.
 #define QKV ((GROUP + 2) * DIM)
-// Tiles on their way, one of each warp: a place in the ring is always the same warp's.
-#define STAGES WARPS
+// Tiles on their way, two of each warp: a place in the ring is always the same warp's.
+#define STAGES (2 * WARPS)
 // Pairs of a row and a block that has tiles of it, counted by the sum of both.
 #define PAIRS_MAX (ROWS + CLUSTER - 1)
 
@@ -91,35 +92,24 @@ __device__ __forceinline__ int find(const Args &a, const Work &work, int tile, i
     return (page * a.kv_heads + kv_head << a.page_shift) + (token & (1 << a.page_shift) - 1);
 }
 
+// Tile i is that of warp i % WARPS, which is the one to fetch what comes in its place.
 struct Ring {
-    u32 memory, full, free;
+    u32 memory, full;
     __device__ __forceinline__ u32 tile(int i) const { return memory + i % STAGES * STAGE_BYTES; }
     __device__ __forceinline__ u32 full_at(int i) const { return full + i % STAGES * 8; }
-    __device__ __forceinline__ u32 free_at(int i) const { return free + i % STAGES * 8; }
     __device__ __forceinline__ u32 parity(int i) const { return i / STAGES & 1; }
-};
-
-// Fetches the block's tiles. A whole warp.
-__device__ __forceinline__ void fetch_tiles(const Args &a, const Work &work, const TensorMap &k_map, const TensorMap &v_map, const Ring &ring, int kv_head) {
-    int lane = threadIdx.x & 31, count = work.to - work.from, next = find(a, work, work.from + lane, kv_head);
-    for (int first = 0; first < count; first += 32) {
-        int now = next;
-        next = find(a, work, work.from + first + 32 + lane, kv_head);
-        for (int i = first; i < min(first + 32, count); i++) {
-            int y = __shfl_sync(~0u, now, i - first);
-            if (lane > 0) continue;
-            barrier_wait(ring.free_at(i), ring.parity(i) ^ 1);
-            barrier_expect(ring.full_at(i), STAGE_BYTES);
-            fetch_parts(ring.tile(i), k_map, ring.full_at(i), y);
-            fetch_parts(ring.tile(i) + MATRIX_BYTES, v_map, ring.full_at(i), y);
-        }
+    // One thread.
+    __device__ __forceinline__ void fetch(int i, const TensorMap &k_map, const TensorMap &v_map, int y) const {
+        barrier_expect(full_at(i), STAGE_BYTES);
+        fetch_parts(tile(i), k_map, full_at(i), y);
+        fetch_parts(tile(i) + MATRIX_BYTES, v_map, full_at(i), y);
     }
-}
+};
 
 extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
 attend(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map, const Args a) {
     extern __shared__ unsigned char unaligned[];
-    __shared__ u64 barriers[3 + 2 * STAGES];
+    __shared__ u64 barriers[3 + STAGES];
     __shared__ float2 tops[WARPS][16];
     __shared__ Work work;
     let_next_start();
@@ -128,17 +118,21 @@ attend(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
     unsigned char *memory = unaligned + (aligned - shared_address(unaligned));
     Block b = {memory, aligned, cluster_rank(), int(blockIdx.x) / CLUSTER};
     int warp = threadIdx.x / 32, lane = threadIdx.x & 31, kv_head = b.cluster;
-    const int first = STAGES * STAGE_BYTES, second = first, sums = second + SECOND * 16 * STRIDE(GROUP * DIM);
+    const int first = WARPS * STAGE_BYTES, second = STAGES * STAGE_BYTES - LATE * STRIDE(GROUP * DIM);
     // The first product's sums are behind it when parts come.
-    const int parts = sums + max(WARPS * ROWS * SUMS_ROW(SECOND), WARPS * GROUP * SUMS_STRIDE) * 4;
+    const int sums = second + SECOND * 16 * STRIDE(GROUP * DIM), parts = sums + WARPS * GROUP * SUMS_STRIDE * 4;
     const int tops_of_parts = parts + PAIRS_MAX * GROUP * DIM * 4;
-    int x = max(first + FIRST * 16 * STRIDE(r.hidden), max(sums + WARPS * ROWS * SUMS_ROW(FIRST) * 4, tops_of_parts + PAIRS_MAX * GROUP * 16));
-    int attended = x, squares = x + ROWS * max(STRIDE(r.hidden), STRIDE(GROUP * DIM));
+    const int attended = 0, last_sums = attended + ROWS * STRIDE(GROUP * DIM);
+    int x = first + FIRST * 16 * STRIDE(r.hidden), sums_end = sums + WARPS * ROWS * SUMS_ROW(FIRST) * 4;
+    int squares = max(x + ROWS * STRIDE(r.hidden), max(sums_end, tops_of_parts + PAIRS_MAX * GROUP * 16));
     int raw = squares + ROWS * CLUSTER * 4, q = raw + ROWS * QKV * 2;
     u32 bars = shared_address(barriers), residual_here = bars, raw_here = bars + 8, parts_here = bars + 16;
-    Ring ring = {aligned, bars + 24, bars + 24 + 8 * STAGES};
+    Ring ring = {aligned, bars + 24};
     auto second_row = [&](int i) {
         return a.out + ((long long)(b.rank * SECOND * 16 + i) * a.kv_heads + kv_head) * (GROUP * DIM);
+    };
+    auto fetch_second = [&](int from, int to) {
+        fetch_rows(b.at(second + from * STRIDE(GROUP * DIM)), to - from, GROUP * DIM, [&](int i) { return second_row(from + i); });
     };
     if (warp < WARPS) {
         fetch_rows(b.at(first), FIRST * 16, r.hidden, [&](int i) {
@@ -147,7 +141,7 @@ attend(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
         prefetch_rows(SECOND * 16, GROUP * DIM * 2, second_row);
     }
     if (threadIdx.x == 0) {
-        for (int i = 0; i < 3 + 2 * STAGES; i++) barrier_init(bars + 8 * i, 1);
+        for (int i = 0; i < 3 + STAGES; i++) barrier_init(bars + 8 * i, 1);
         publish_barriers();
         barrier_expect(residual_here, residual_bytes(r));
         barrier_expect(raw_here, r.rows * QKV * 2);
@@ -171,7 +165,14 @@ attend(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
             if (len > 0) prefetch_line(a.rope + (long long)(len - 1) * DIM + i % norm_lines * 32);
         }
         named_arrive(2, THREADS + 32);
-        fetch_tiles(a, work, k_map, v_map, ring, kv_head);
+        // A warp's first two tiles, the second one when the first matrix is no longer in its place.
+        int count = min(work.to - work.from, STAGES), place = find(a, work, work.from + lane, kv_head);
+#pragma unroll 1
+        for (int i = 0; i < STAGES; i++) {
+            if (i == WARPS) named_barrier(3, THREADS + 32);
+            int y = __shfl_sync(~0u, place, i);
+            if (lane == 0 && i < count) ring.fetch(i, k_map, v_map, y);
+        }
         wait_for_previous();
         return;
     }
@@ -184,9 +185,11 @@ attend(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
     barrier_wait_for_cluster(residual_here, 0);
     float *all_sums = (float *)(memory + sums);
     multiply<FIRST>(memory + first, memory + x, r.hidden, all_sums, [&] {
-        // In its place come sums and the second matrix.
+        // In its place come tiles, sums and the second matrix.
+        publish_shared();
+        named_arrive(3, THREADS + 32);
         named_barrier(1, THREADS);
-        fetch_rows(b.at(second), SECOND * 16, GROUP * DIM, second_row);
+        fetch_second(LATE, SECOND * 16);
     });
     bf16 *qkv = (bf16 *)(memory + raw);
     for (int base = 0; base < r.rows * FIRST * 4; base += THREADS) {
@@ -203,6 +206,11 @@ attend(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
         send_to_all(b, valid, raw + (row * QKV + column) * 2, raw_here, value);
     }
     named_barrier(2, THREADS + 32);
+    int count = work.to - work.from;
+    bool has_room = count <= second / STAGE_BYTES;
+    if (has_room) fetch_second(0, LATE);
+    // Where the tiles are that this warp fetches, a lane a tile.
+    int places = 0;
     // What the rotation reads.
     if (work.from < work.to && lane < DIM / 32) {
         if (a.q_norm) prefetch_near(a.q_norm + lane * 32);
@@ -233,7 +241,8 @@ attend(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
         Sums mine;
         mine.clear();
         for (int i = tile - work.from + (warp - (tile - work.from) & WARPS - 1); i < end - work.from; i += WARPS) {
-            int inside = work.from + i - work.before[row];
+            int inside = work.from + i - work.before[row], round = i / WARPS, next = i + STAGES;
+            if (round % 32 == 0 && next < count) places = find(a, work, work.from + next + lane * WARPS, kv_head);
             barrier_wait(ring.full_at(i), ring.parity(i));
             if (work.from + i == work.before[row + 1] - 1) {
                 int slot = a.store_at[row];
@@ -244,7 +253,8 @@ attend(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
             }
             mine.add(a.scores, kv_len, (work.first_seen(row) + inside) * TILE, ring.tile(i), queries);
             __syncwarp();
-            if (lane == 0) barrier_arrive(ring.free_at(i));
+            int place = __shfl_sync(~0u, places, round % 32);
+            if (lane == 0 && next < count) ring.fetch(next, k_map, v_map, place);
         }
 #pragma unroll
         for (int h = 0; h < HALVES; h++) {
@@ -287,6 +297,7 @@ attend(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
         if (tile < work.to) named_barrier(1, THREADS);
     }
 
+    if (!has_room) fetch_second(0, LATE);
     barrier_wait_for_cluster(parts_here, 0);
     for (int i = threadIdx.x; i < r.rows * GROUP * DIM / 4; i += THREADS) {
         int row = i / (GROUP * DIM / 4), value = i % (GROUP * DIM / 4) * 4, head = value / DIM;
@@ -308,5 +319,5 @@ attend(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
     }
     wait_for_copies<0>();
     named_barrier(1, THREADS);
-    add_later<SECOND>(b, r, memory + second, memory + attended, GROUP * DIM, all_sums, a.part);
+    add_later<SECOND>(b, r, memory + second, memory + attended, GROUP * DIM, (float *)(memory + last_sums), a.part);
 }

@@ -21,9 +21,9 @@ const ROWS: usize = 8;
 const THREADS: usize = 32 * WARPS;
 /// `attend.cu` has a warp more, which fetches tiles.
 const ATTEND_THREADS: usize = THREADS + 32;
-/// Tokens of a tile of the cache. Tiles on their way: one of each warp.
+/// Tokens of a tile of the cache. Tiles on their way: two of each warp, of which one is there from the start.
 const TILE: usize = 16;
-const STAGES: usize = WARPS;
+const STAGES: usize = 2 * WARPS;
 /// Parts of what is added, as `PARTS_MAX` in the kernels.
 const PARTS_MAX: usize = 8;
 /// The MLP's clusters, at most: they find room beside the attention half's 8, so that the weights of each half
@@ -103,13 +103,14 @@ fn stride(k: usize) -> usize {
     2 * k + 64
 }
 
-/// A block's tiles of 16 rows of the first matrix, how many of them registers hold, and of the second matrix,
-/// and its shared memory.
+/// A block's tiles of 16 rows of the first matrix, how many of them registers hold (the MLP's), and of the
+/// second matrix, rows of it that come late for want of room (attention's), and its shared memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Block {
     first: usize,
     held: usize,
     second: usize,
+    late: usize,
     shared: usize,
 }
 
@@ -121,17 +122,19 @@ impl Block {
         let divides = matches!(dim, 64 | 128) && group <= 16 && qkv.is_multiple_of(16 * CLUSTER);
         let (first, second) = (qkv / (16 * CLUSTER), hidden / (16 * CLUSTER));
         let parts = (ROWS + CLUSTER - 1) * group * (dim * 4 + 16);
-        let attention = sums(second).max(WARPS * group * (dim + 8) * 4) + parts;
-        let shared = 1024
-            + STAGES * 2 * TILE * dim * 2
-            + (first * 16 * stride(hidden))
-                .max(second * 16 * stride(group * dim) + sums(first).max(attention))
-            + ROWS * stride(hidden.max(group * dim))
-            + ROWS * CLUSTER * 4
-            + ROWS * qkv * 2
-            + 8 * group.div_ceil(8) * (dim + 8) * 2;
-        // Beside this the kernel has its warps' tops, barriers, and how work is divided.
-        Self::new(hidden, Self { first, held: 0, second, shared }, 2048).filter(|_| divides)
+        let attention = sums(first).max(WARPS * group * (dim + 8) * 4 + parts);
+        let (stage, row) = (2 * TILE * dim * 2, stride(group * dim));
+        let begin = WARPS * stage + (first * 16 + ROWS) * stride(hidden);
+        let behind =
+            1024 + ROWS * CLUSTER * 4 + ROWS * qkv * 2 + 8 * group.div_ceil(8) * (dim + 8) * 2;
+        // The ring begins with what the second product takes and makes beside its weights.
+        let late_max = (STAGES * stage).checked_sub(ROWS * row + sums(second))? / row;
+        (0..=late_max.min(second * 16)).filter(|_| divides).find_map(|late| {
+            let attend = STAGES * stage + (second * 16 - late) * row + attention;
+            let shared = begin.max(attend) + behind;
+            // Beside this the kernel has its warps' tops, barriers, and how work is divided.
+            Self::new(hidden, Self { first, held: 0, second, late, shared }, 2048)
+        })
     }
 
     /// Of the MLP half: clusters, and a block with as much as fits in shared memory.
@@ -144,7 +147,7 @@ impl Block {
                 + ROWS * (stride(hidden) + stride(in_cluster))
                 + ROWS * CLUSTER * 4;
             // Beside this the kernel has barriers.
-            Self::new(hidden, Self { first, held, second, shared }, 128)
+            Self::new(hidden, Self { first, held, second, late: 0, shared }, 128)
         };
         (1..=first)
             .filter(|held| inner.is_multiple_of(8) && registers(*held) <= HELD_REGISTERS)
@@ -171,6 +174,7 @@ fn attend_variant(block: Block, heads: Heads) -> Key {
         ("HALVES", group.div_ceil(8) as i32),
         ("FIRST", block.first as i32),
         ("SECOND", block.second as i32),
+        ("LATE", block.late as i32),
     ];
     (Module::Attend, defines)
 }
@@ -351,7 +355,7 @@ mod tests {
         let heads = Heads { q: 16, kv: 8, dim: 128 };
         let attend = Block::attend(1024, heads).unwrap();
         let (clusters, mlp) = Block::mlp(1024, 3072, 7).unwrap();
-        assert_eq!((attend.first, attend.second), (4, 8));
+        assert_eq!((attend.first, attend.second, attend.late), (4, 8, 19));
         assert_eq!((clusters, mlp.first, mlp.held, mlp.second), (7, 7, 1, 8));
         // What finds room in shared memory.
         let (clusters, mlp) = Block::mlp(512, 1024, 7).unwrap();

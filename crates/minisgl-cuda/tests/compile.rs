@@ -73,6 +73,7 @@ fn kernels_compile_without_spills() {
                 ("HALVES", (group + 7) / 8),
                 ("FIRST", (group + 2) * dim / 128),
                 ("SECOND", 8),
+                ("LATE", 19),
             ];
             check(Module::Attend, &defines, arch, false, true);
         }

@@ -12,9 +12,10 @@ use rayon::prelude::*;
 const SEEDS: [&str; 4] = ["1", "2", "3", "4"];
 
 /// Programs of `emulator`, and what the kernel is specialised by.
-const PROGRAMS: [(&str, &[(&str, i32)]); 11] = [
-    ("attend", &[("DIM", 128), ("GROUP", 2), ("SECOND", 2)]),
-    ("attend", &[("DIM", 64), ("GROUP", 12), ("SECOND", 2)]),
+const PROGRAMS: [(&str, &[(&str, i32)]); 12] = [
+    ("attend", &[("DIM", 128), ("GROUP", 2), ("SECOND", 2), ("LATE", 32)]),
+    ("attend", &[("DIM", 128), ("GROUP", 2), ("SECOND", 8), ("LATE", 19)]),
+    ("attend", &[("DIM", 64), ("GROUP", 12), ("SECOND", 2), ("LATE", 0)]),
     ("decode", &[("DIM", 128), ("GROUP", 2), ("CASCADE", 0)]),
     ("decode", &[("DIM", 64), ("GROUP", 4), ("CASCADE", 1)]),
     ("mlp", &[("CLUSTER", 8), ("FIRST", 2), ("HELD", 1), ("SECOND", 3)]),
