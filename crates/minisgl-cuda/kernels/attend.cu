@@ -13,6 +13,7 @@
 
 // Tiles of a block: FIRST of its rows of the first matrix, and SECOND of the second, of which LATE rows lie in
 // the last stages of the ring, as there is no room elsewhere. GROUP query heads a KV head.
+#define HIDDEN (SECOND * 16 * CLUSTER)
 #define QKV ((GROUP + 2) * DIM)
 // Tiles on their way, two of each warp: a place in the ring is always the same warp's.
 #define STAGES (2 * WARPS)
@@ -123,20 +124,21 @@ attend(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
     const int sums = second + SECOND * 16 * STRIDE(GROUP * DIM), parts = sums + WARPS * GROUP * SUMS_STRIDE * 4;
     const int tops_of_parts = parts + PAIRS_MAX * GROUP * DIM * 4;
     const int attended = 0, last_sums = attended + ROWS * STRIDE(GROUP * DIM);
-    int x = first + FIRST * 16 * STRIDE(r.hidden), sums_end = sums + WARPS * ROWS * SUMS_ROW(FIRST) * 4;
-    int squares = max(x + ROWS * STRIDE(r.hidden), max(sums_end, tops_of_parts + PAIRS_MAX * GROUP * 16));
-    int raw = squares + ROWS * CLUSTER * 4, q = raw + ROWS * QKV * 2;
+    const int x = first + FIRST * 16 * STRIDE(HIDDEN), sums_end = sums + WARPS * ROWS * SUMS_ROW(FIRST) * 4;
+    const int squares = max(x + ROWS * STRIDE(HIDDEN), max(sums_end, tops_of_parts + PAIRS_MAX * GROUP * 16));
+    const int raw = squares + ROWS * CLUSTER * 4, q = raw + ROWS * QKV * 2;
     u32 bars = shared_address(barriers), residual_here = bars, raw_here = bars + 8, parts_here = bars + 16;
     Ring ring = {aligned, bars + 24};
     auto second_row = [&](int i) {
         return a.out + ((long long)(b.rank * SECOND * 16 + i) * a.kv_heads + kv_head) * (GROUP * DIM);
     };
+    // A whole warp.
     auto fetch_second = [&](int from, int to) {
-        fetch_rows(b.at(second + from * STRIDE(GROUP * DIM)), to - from, GROUP * DIM, [&](int i) { return second_row(from + i); });
+        for (int i = from; i < to; i++) copy_row(b.at(second + i * STRIDE(GROUP * DIM)), second_row(i), GROUP * DIM);
     };
     if (warp < WARPS) {
-        fetch_rows(b.at(first), FIRST * 16, r.hidden, [&](int i) {
-            return a.qkv + (long long)row_of(a, kv_head, b.rank * FIRST * 16 + i) * r.hidden;
+        fetch_rows(b.at(first), FIRST * 16, HIDDEN, [&](int i) {
+            return a.qkv + (long long)row_of(a, kv_head, b.rank * FIRST * 16 + i) * HIDDEN;
         });
         prefetch_rows(SECOND * 16, GROUP * DIM * 2, second_row);
     }
@@ -165,14 +167,23 @@ attend(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
             if (len > 0) prefetch_line(a.rope + (long long)(len - 1) * DIM + i % norm_lines * 32);
         }
         named_arrive(2, THREADS + 32);
-        // A warp's first two tiles, the second one when the first matrix is no longer in its place.
-        int count = min(work.to - work.from, STAGES), place = find(a, work, work.from + lane, kv_head);
+        // Each warp's first two tiles, the second ones when the first matrix is no longer in their place.
+        int count = work.to - work.from, place = find(a, work, work.from + lane, kv_head);
 #pragma unroll 1
         for (int i = 0; i < STAGES; i++) {
             if (i == WARPS) named_barrier(3, THREADS + 32);
             int y = __shfl_sync(~0u, place, i);
             if (lane == 0 && i < count) ring.fetch(i, k_map, v_map, y);
         }
+        // The second matrix, but what lies where there are tiles yet.
+        bool has_room = count <= second / STAGE_BYTES;
+        fetch_second(has_room ? 0 : LATE, SECOND * 16);
+        // All tiles are done.
+        named_barrier(4, THREADS + 32);
+        if (!has_room) fetch_second(0, LATE);
+        end_copies();
+        wait_for_copies<0>();
+        named_arrive(2, THREADS + 32);
         wait_for_previous();
         return;
     }
@@ -184,12 +195,11 @@ attend(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
     named_barrier(1, THREADS);
     barrier_wait_for_cluster(residual_here, 0);
     float *all_sums = (float *)(memory + sums);
-    multiply<FIRST>(memory + first, memory + x, r.hidden, all_sums, [&] {
+    multiply<FIRST>(memory + first, memory + x, HIDDEN, all_sums, [&] {
         // In its place come tiles, sums and the second matrix.
         publish_shared();
         named_arrive(3, THREADS + 32);
         named_barrier(1, THREADS);
-        fetch_second(LATE, SECOND * 16);
     });
     bf16 *qkv = (bf16 *)(memory + raw);
     for (int base = 0; base < r.rows * FIRST * 4; base += THREADS) {
@@ -206,9 +216,6 @@ attend(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
         send_to_all(b, valid, raw + (row * QKV + column) * 2, raw_here, value);
     }
     named_barrier(2, THREADS + 32);
-    int count = work.to - work.from;
-    bool has_room = count <= second / STAGE_BYTES;
-    if (has_room) fetch_second(0, LATE);
     // Where the tiles are that this warp fetches, a lane a tile.
     int places = 0;
     // What the rotation reads.
@@ -242,7 +249,7 @@ attend(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
         mine.clear();
         for (int i = tile - work.from + (warp - (tile - work.from) & WARPS - 1); i < end - work.from; i += WARPS) {
             int inside = work.from + i - work.before[row], round = i / WARPS, next = i + STAGES;
-            if (round % 32 == 0 && next < count) places = find(a, work, work.from + next + lane * WARPS, kv_head);
+            if (round % 32 == 0 && work.from + next < work.to) places = find(a, work, work.from + next + lane * WARPS, kv_head);
             barrier_wait(ring.full_at(i), ring.parity(i));
             if (work.from + i == work.before[row + 1] - 1) {
                 int slot = a.store_at[row];
@@ -254,7 +261,7 @@ attend(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
             mine.add(a.scores, kv_len, (work.first_seen(row) + inside) * TILE, ring.tile(i), queries);
             __syncwarp();
             int place = __shfl_sync(~0u, places, round % 32);
-            if (lane == 0 && next < count) ring.fetch(next, k_map, v_map, place);
+            if (lane == 0 && work.from + next < work.to) ring.fetch(next, k_map, v_map, place);
         }
 #pragma unroll
         for (int h = 0; h < HALVES; h++) {
@@ -297,7 +304,7 @@ attend(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
         if (tile < work.to) named_barrier(1, THREADS);
     }
 
-    if (!has_room) fetch_second(0, LATE);
+    named_arrive(4, THREADS + 32);
     barrier_wait_for_cluster(parts_here, 0);
     for (int i = threadIdx.x; i < r.rows * GROUP * DIM / 4; i += THREADS) {
         int row = i / (GROUP * DIM / 4), value = i % (GROUP * DIM / 4) * 4, head = value / DIM;
@@ -317,7 +324,6 @@ attend(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
         float share = to < 0 ? 0.f : 1.f / weight;
         *(uint2 *)(memory + attended + row * STRIDE(GROUP * DIM) + value * 2) = make_uint2(pack(sum.x * share, sum.y * share), pack(sum.z * share, sum.w * share));
     }
-    wait_for_copies<0>();
-    named_barrier(1, THREADS);
+    named_barrier(2, THREADS + 32);
     add_later<SECOND>(b, r, memory + second, memory + attended, GROUP * DIM, (float *)(memory + last_sums), a.part);
 }

@@ -58,13 +58,14 @@ __device__ __forceinline__ void send_to_all(const Block &b, bool valid, int at, 
     }
 }
 
+// Copies a row of `k` elements. A whole warp.
+__device__ __forceinline__ void copy_row(u32 to, const bf16 *from, int k) {
+    for (int at = threadIdx.x % 32 * 8; at < k; at += 256) copy_16(to + at * 2, from + at);
+}
 // Copies `count` rows of `k` elements each to `to`, in strides of STRIDE(k): a group of copies of every thread.
 template <typename Row>
 __device__ __forceinline__ void fetch_rows(u32 to, int count, int k, Row row) {
-    for (int i = threadIdx.x / 32; i < count; i += WARPS) {
-        const bf16 *from = row(i);
-        for (int at = threadIdx.x % 32 * 8; at < k; at += 256) copy_16(to + i * STRIDE(k) + at * 2, from + at);
-    }
+    for (int i = threadIdx.x / 32; i < count; i += WARPS) copy_row(to + i * STRIDE(k), row(i), k);
     end_copies();
 }
 // Sends for rows of `bytes` bytes each.
