@@ -41,7 +41,9 @@ __device__ __forceinline__ int row_of(const Args &a, int kv_head, int column) {
 // A step's rows as tiles behind one another, and this block's of them.
 struct Work {
     int lens[ROWS], before[ROWS + 1], slots[ROWS];
-    int rows, share, from, to, window;
+    // The blocks that have tiles of a row; of an empty row, the last one is in front of the first.
+    int first_block[ROWS], last_block[ROWS];
+    int rows, from, to, window;
 
     __device__ __forceinline__ int row_at(int tile) const {
         int row = 0;
@@ -49,10 +51,6 @@ struct Work {
         return row;
     }
     __device__ __forceinline__ int first_seen(int row) const { return window > 0 ? max(0, lens[row] - window) / TILE : 0; }
-    __device__ __forceinline__ bool is_empty(int row) const { return before[row] == before[row + 1]; }
-    // The blocks that have tiles of a row.
-    __device__ __forceinline__ int first_block(int row) const { return before[row] / share; }
-    __device__ __forceinline__ int last_block(int row) const { return (before[row + 1] - 1) / share; }
 };
 
 // Fills it. A whole warp, a lane a row.
@@ -66,12 +64,16 @@ __device__ __forceinline__ void divide(const Args &a, int rank, Work &work) {
         if (lane >= i) sum += other;
     }
     int all = __shfl_sync(~0u, sum, rows - 1);
-    if (lane < rows) work.lens[lane] = len, work.slots[lane] = slot, work.before[lane] = sum - tiles;
+    // So few blocks that each warp of theirs has a tile.
+    int share = max(WARPS, (all + CLUSTER - 1) / CLUSTER);
+    if (lane < rows) {
+        work.lens[lane] = len, work.slots[lane] = slot, work.before[lane] = sum - tiles;
+        int first = (sum - tiles) / share;
+        work.first_block[lane] = first, work.last_block[lane] = tiles > 0 ? (sum - 1) / share : first - 1;
+    }
     if (lane == 0) {
         work.before[rows] = all, work.rows = rows, work.window = window;
-        // So few blocks that each warp of theirs has a tile.
-        work.share = max(WARPS, (all + CLUSTER - 1) / CLUSTER);
-        work.from = min(all, rank * work.share), work.to = min(all, work.from + work.share);
+        work.from = min(all, rank * share), work.to = min(all, work.from + share);
     }
     __syncwarp();
 }
@@ -79,7 +81,7 @@ __device__ __forceinline__ void divide(const Args &a, int rank, Work &work) {
 // What all blocks together send to each of them, in bytes. A whole warp, a lane a row.
 __device__ __forceinline__ int parts_bytes(const Work &work) {
     int row = threadIdx.x & 31, pairs = 0;
-    if (row < work.rows && !work.is_empty(row)) pairs = work.last_block(row) - work.first_block(row) + 1;
+    if (row < work.rows) pairs = work.last_block[row] - work.first_block[row] + 1;
 #pragma unroll
     for (int i = ROWS / 2; i; i /= 2) pairs += __shfl_xor_sync(~0u, pairs, i);
     return pairs * GROUP * (DIM * 4 + 16);
@@ -310,8 +312,7 @@ attend(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
         int row = i / (GROUP * DIM / 4), value = i % (GROUP * DIM / 4) * 4, head = value / DIM;
         float best = -infinity(), weight = 0.f;
         float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
-        int from = 0, to = -1;
-        if (!work.is_empty(row)) from = work.first_block(row), to = work.last_block(row);
+        int from = work.first_block[row], to = work.last_block[row];
         for (int s = from; s <= to; s++) best = fmaxf(best, *(const float *)(memory + tops_of_parts + ((row + s) * GROUP + head) * 16));
         for (int s = from; s <= to; s++) {
             float2 top = *(const float2 *)(memory + tops_of_parts + ((row + s) * GROUP + head) * 16);
@@ -321,7 +322,7 @@ attend(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
             sum.x += factor * more.x, sum.y += factor * more.y, sum.z += factor * more.z, sum.w += factor * more.w;
         }
         // A row of padding has attended to nothing.
-        float share = to < 0 ? 0.f : 1.f / weight;
+        float share = from > to ? 0.f : 1.f / weight;
         *(uint2 *)(memory + attended + row * STRIDE(GROUP * DIM) + value * 2) = make_uint2(pack(sum.x * share, sum.y * share), pack(sum.z * share, sum.w * share));
     }
     named_barrier(2, THREADS + 32);
