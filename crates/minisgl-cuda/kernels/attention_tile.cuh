@@ -93,8 +93,8 @@ __device__ __forceinline__ void add_token(const NewToken &n, int row, u32 tile) 
     __syncwarp();
 }
 
-// A unit's q as the first factor of products. Rows behind the group are zeros, the second half's where
-// there is none, too.
+// A unit's q as the first factor of products. Rows behind the group may be anything: a row of the sums is of
+// its own row of q alone.
 struct Queries {
     u32 low[DIM / 16][2], high[DIM / 16][2];
 

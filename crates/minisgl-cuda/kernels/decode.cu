@@ -28,26 +28,26 @@ __device__ __forceinline__ void add_token(const Args &a, const Segment &s, u32 t
     add_token(token, (s.kv_len - 1) & (TILE - 1), tile);
 }
 
-// The unit's q, normed and rotated, a warp a head. Of members that a lot does not have, whatever was there.
-__device__ __forceinline__ void prepare_q(const Args &a, const Segment &s, bf16 *q) {
+// The unit's q, normed and rotated, a warp a head. Behind the group, and of members that a lot does not have,
+// whatever was there.
+__device__ __forceinline__ void prepare_q(const Args &a, const Work &work, const Segment &s, bf16 *q) {
     int warp = threadIdx.x / 32, group = a.q_heads / a.kv_heads;
+#pragma unroll 1
     for (int i = warp; i < UNIT_HEADS; i += WARPS) {
-        Head head;
+        int row = s.row, head = i;
 #if CASCADE
-        int row = is_own(a, s.row) ? s.row : member(a, s.row, i / group);
+        if (!is_own(a, row)) row = member(a, row, i / group), head = i % group;
         if (row < 0) continue;
-        const bf16 *from = a.qkv + ((long long)row * (a.q_heads + 2 * a.kv_heads) + s.kv_head * group + i % group) * DIM;
-        head.read(from, a.q_norm, a.q_eps, a.q_shift, a.rope + (long long)(a.kv_len[row] - 1) * DIM);
-#else
-        const bf16 *from = a.qkv + ((long long)s.row * (a.q_heads + 2 * a.kv_heads) + s.kv_head * group + i) * DIM;
-        head.read(from, a.q_norm, a.q_eps, a.q_shift, a.rope + (long long)(s.kv_len - 1) * DIM);
 #endif
+        Head x;
+        const bf16 *from = a.qkv + ((long long)row * (a.q_heads + 2 * a.kv_heads) + s.kv_head * group + head) * DIM;
+        x.read(from, a.q_norm, a.q_eps, a.q_shift, a.rope + (long long)(work.lens[row] - 1) * DIM);
 #pragma unroll
         for (int j = 0; j < PAIRS_A_LANE; j++) {
             if (!Head::holds(j)) continue;
-            uint2 x = head.rotated(j);
-            *(u32 *)(q + i * Q_STRIDE + Head::index(j)) = x.x;
-            *(u32 *)(q + i * Q_STRIDE + Head::index(j) + DIM / 2) = x.y;
+            uint2 rotated = x.rotated(j);
+            *(u32 *)(q + i * Q_STRIDE + Head::index(j)) = rotated.x;
+            *(u32 *)(q + i * Q_STRIDE + Head::index(j) + DIM / 2) = rotated.y;
         }
     }
 }
@@ -152,7 +152,7 @@ template <int TEAM> __device__ __forceinline__ void join(const Args &a, const Se
     if (own && a.covered[s.row] == 0) return;
     __threadfence();
     if (TEAM == 1) __syncwarp();
-    else named_barrier(1, TEAM * 32);
+    else named_barrier(SUMMED, TEAM * 32);
     int second = 0;
     if (rank == 0) {
         int row = lane >= (own ? 1 : a.lot_size) ? -1 : own ? s.row : member(a, s.row, lane);
@@ -161,7 +161,7 @@ template <int TEAM> __device__ __forceinline__ void join(const Args &a, const Se
         if (TEAM > 1 && lane == 0) *shared.arrived = second;
     }
     if (TEAM > 1) {
-        named_barrier(1, TEAM * 32);
+        named_barrier(SUMMED, TEAM * 32);
         second = *shared.arrived;
     }
     __threadfence();
@@ -225,9 +225,9 @@ template <int TEAM> __device__ __forceinline__ void merge(const Args &a, const W
         if (lane == 0) arrived = atomicAdd(a.arrived + unit, 1);
         arrived = __shfl_sync(~0u, arrived, 0);
     } else {
-        named_barrier(1, TEAM * 32);
+        named_barrier(SUMMED, TEAM * 32);
         if (threadIdx.x == 0) *shared.arrived = atomicAdd(a.arrived + unit, 1);
-        named_barrier(1, TEAM * 32);
+        named_barrier(SUMMED, TEAM * 32);
         arrived = *shared.arrived;
     }
     if (arrived != blocks - 1) return;
@@ -254,6 +254,12 @@ template <int TEAM> __device__ __forceinline__ void merge(const Args &a, const W
 
 // The warp that merges all units but the block's last one, which the summing warps do: they are done.
 __device__ __forceinline__ void merge_all(const Args &a, const Work &work, const Shared &shared) {
+    if ((threadIdx.x & 31) == 0) {
+        barrier_init(shared.q_full, WARPS), barrier_init(shared.q_full + 8, WARPS);
+        barrier_init(shared.sums_full, WARPS), barrier_init(shared.sums_free, 1);
+    }
+    __syncwarp();
+    named_barrier(BARRIERS_READY, blockDim.x);
     for (int index = 0, turn = 0;; turn++) {
         Segment s = work.at(index);
         index += s.last - s.first;
@@ -271,14 +277,15 @@ __device__ __forceinline__ void sum_all(const Args &a, const Work &work, const S
     ring.skip(warp);
     Segment s = work.at(0);
     auto prepare = [&](const Segment &of, int turn) {
-        prepare_q(a, of, shared.q + (turn & 1) * 8 * HALVES * Q_STRIDE);
+        prepare_q(a, work, of, shared.q + (turn & 1) * 8 * HALVES * Q_STRIDE);
         __syncwarp();
         if (lane == 0) barrier_arrive(shared.q_full + 8 * (turn & 1));
     };
-    prepare(s, 0);
+    prepare_q(a, work, s, shared.q);
+    named_barrier(BARRIERS_READY, blockDim.x);
     for (int index = 0, next = warp, turn = 0; index < work.tiles(); turn++) {
         Queries q;
-        barrier_wait(shared.q_full + 8 * (turn & 1), turn >> 1 & 1);
+        if (turn > 0) barrier_wait(shared.q_full + 8 * (turn & 1), turn - 1 >> 1 & 1);
         q.load(shared.q + (turn & 1) * 8 * HALVES * Q_STRIDE);
         int begin = index;
         index += s.last - s.first;
@@ -318,7 +325,7 @@ __device__ __forceinline__ void sum_all(const Args &a, const Work &work, const S
         if (lane == 0) barrier_arrive(shared.sums_full);
         s = following;
     }
-    named_barrier(1, WARPS * 32);
+    named_barrier(SUMMED, WARPS * 32);
     merge<WARPS>(a, work, s, shared, warp);
 }
 
@@ -335,26 +342,19 @@ decode(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
     __shared__ float2 tops[WARPS][16];
     __shared__ int arrived;
     let_next_start();
+    int warp = threadIdx.x / 32;
+    bool fetches = warp >= WARPS && warp < WARPS + FETCHERS;
+    if (threadIdx.x == 32 * WARPS) prefetch_map(k_map), prefetch_map(v_map);
     u32 tiles = (shared_address(memory) + 1023) / 1024 * 1024, barriers = shared_address(barrier_words);
     unsigned char *behind = memory + (tiles - shared_address(memory)) + a.stages * STAGE_BYTES;
     bf16 *q = (bf16 *)behind;
     float *sums = (float *)(behind + 2 * 8 * HALVES * Q_STRIDE * 2);
     Shared shared = {q, sums, tops, &arrived, barriers, barriers + 16, barriers + 24};
     Ring ring = {tiles, barriers + 32, barriers + 32 + 8 * a.stages, a.stages};
-    if (threadIdx.x == 0) {
-        for (int i = 0; i < a.stages; i++) barrier_init(ring.full + 8 * i, 1), barrier_init(ring.free + 8 * i, 1);
-        barrier_init(shared.q_full, WARPS), barrier_init(shared.q_full + 8, WARPS);
-        barrier_init(shared.sums_full, WARPS), barrier_init(shared.sums_free, 1);
-        publish_barriers();
-    }
-    if (threadIdx.x == 32 * WARPS) prefetch_map(k_map), prefetch_map(v_map);
-    for (int i = threadIdx.x; i < 8 * HALVES * Q_STRIDE; i += blockDim.x) ((u32 *)q)[i] = 0;
     // In a graph, page table and lengths are older than all its kernels.
     if (!a.early) wait_for_previous();
     Work work = divide(a, before, lens, slots, skipped);
-    int warp = threadIdx.x / 32;
-    bool fetches = warp >= WARPS && warp < WARPS + FETCHERS;
-    if (fetches) fetch_all(a, work, k_map, v_map, ring, warp - WARPS);
+    if (fetches && work.from < work.to) fetch_all(a, work, k_map, v_map, ring, warp - WARPS);
     wait_for_previous();
     if (work.from == work.to || fetches) return;
     if (warp < WARPS) sum_all(a, work, shared, ring);

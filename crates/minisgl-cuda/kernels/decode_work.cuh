@@ -14,6 +14,9 @@
 #define ENTRIES_MAX ROWS_MAX
 #endif
 #define STAGES_MAX 48
+// Named barriers: of the summing warps; of all, where the barriers in shared memory are there.
+#define SUMMED 1
+#define BARRIERS_READY 2
 // A head's sums in `partial`: with its best score and its sum of weights behind them.
 #define PARTIAL_STRIDE (DIM + 4)
 
@@ -57,24 +60,36 @@ struct Segment { int row, kv_head, kv_len, first, last, tiles, seen_from; };
 #endif
 
 // All rows: the tiles before each one for one KV head, its length, its slot. And this block's tiles, in
-// the order in which it takes them: those of a unit that goes on in the next block first.
+// the order in which it takes them: those of a unit that goes on in the next block first. They are of rows
+// `first_row` to `last_row`.
 struct Work {
     const int *before, *lens, *slots;
 #if CASCADE
     const int *skipped;
 #endif
-    int rows, kv_heads, from, to, share, window, ahead;
+    int kv_heads, from, to, share, window, ahead = 0, first_row = 0, last_row = 0;
 
     __device__ __forceinline__ int tiles() const { return to - from; }
-    // The last row that begins at or before `position`.
+    // The last of the block's rows that begins at or before `position`.
     __device__ __forceinline__ int row_at(int position) const {
-        int low = 0, high = rows - 1;
+        int low = first_row, high = last_row;
         while (low < high) {
             int middle = (low + high + 1) / 2;
             if (before[middle] * kv_heads <= position) low = middle;
             else high = middle - 1;
         }
         return low;
+    }
+    // The same of all `rows`. A whole warp looks: at 32 of them, then at those from one of these to the next.
+    __device__ __forceinline__ int row_of_all_at(int position, int rows) const {
+        static_assert(ENTRIES_MAX <= 32 * 32, "more rows than two looks are enough for");
+        int row = 0, lane = threadIdx.x & 31;
+#pragma unroll
+        for (int apart = 32; apart > 0; apart /= 32) {
+            int look = row + lane * apart;
+            row += apart * (__popc(__ballot_sync(~0u, look < rows && before[look] * kv_heads <= position)) - 1);
+        }
+        return row;
     }
     // From the block's tile `index` on.
     __device__ __forceinline__ Segment at(int index) const {
@@ -95,56 +110,68 @@ struct Work {
     }
 };
 
-// Fills the rows and divides the tiles. Every thread calls it.
-__device__ __forceinline__ Work divide(const Args &a, int *before, int *lens, int *slots, int *skipped) {
-    __shared__ int warp_sums[WARPS];
-    int thread = threadIdx.x, warp = thread / 32, lane = thread & 31, total = 0;
-    for (int base = 0; base < ENTRIES; base += WARPS * 32) {
-        int row = base + thread, mine = 0;
-        bool has = thread < WARPS * 32 && row < ENTRIES;
-        if (has) {
+// An entry's tokens, its slot in the page table, and the tiles of it that are not its own or not seen.
+struct Entry { int len, slot, skipped; };
+__device__ __forceinline__ Entry entry_at(const Args &a, int i) {
 #if CASCADE
-            int len = is_own(a, row) ? a.kv_len[row] : a.lot_tokens[row - a.rows];
-            lens[row] = len;
-            slots[row] = len > 0 ? a.slots[is_own(a, row) ? row : member(a, row, 0)] : 0;
-            skipped[row] = is_own(a, row) && len > 0 ? a.covered[row] / TILE : 0;
-            mine = (len + TILE - 1) / TILE - skipped[row];
+    if (!is_own(a, i)) {
+        int len = a.lot_tokens[i - a.rows];
+        return {len, len > 0 ? a.slots[member(a, i, 0)] : 0, 0};
+    }
+    int len = a.kv_len[i], slot = a.slots[i], covered = a.covered[i];
+    return {len, slot, len > 0 ? covered / TILE : 0};
 #else
-            int len = a.kv_len[row];
-            lens[row] = len, slots[row] = a.slots[row];
-            mine = (len + TILE - 1) / TILE - (a.window > 0 ? max(0, len - a.window) / TILE : 0);
+    int len = a.kv_len[i], slot = a.slots[i];
+    return {len, slot, a.window > 0 ? max(0, len - a.window) / TILE : 0};
 #endif
-        }
+}
+
+// Fills the rows and divides the tiles. Each warp does so by itself, and writes what the others do: none waits
+// for another.
+__device__ __forceinline__ Work divide(const Args &a, int *before, int *lens, int *slots, int *skipped) {
+    const int EACH = 4; // Rows of a lane that it reads at once.
+    int lane = threadIdx.x & 31, total = 0;
+#pragma unroll 1
+    for (int base = 0; base < ENTRIES; base += 32 * EACH) {
+        Entry entries[EACH];
+        int row = base + lane * EACH, tiles[EACH], mine = 0;
+#pragma unroll
+        for (int i = 0; i < EACH; i++) entries[i] = row + i < ENTRIES ? entry_at(a, row + i) : Entry{0, 0, 0};
+#pragma unroll
+        for (int i = 0; i < EACH; i++) mine += tiles[i] = (entries[i].len + TILE - 1) / TILE - entries[i].skipped;
         int sum = mine;
 #pragma unroll
         for (int i = 1; i < 32; i *= 2) {
             int other = __shfl_up_sync(~0u, sum, i);
             if (lane >= i) sum += other;
         }
-        if (warp < WARPS && lane == 31) warp_sums[warp] = sum;
-        __syncthreads();
-        int ahead = total;
+        int ahead = total + sum - mine;
 #pragma unroll
-        for (int w = 0; w < WARPS; w++) {
-            if (w < warp) ahead += warp_sums[w];
-            total += warp_sums[w];
+        for (int i = 0; i < EACH; i++) {
+            if (row + i < ENTRIES) {
+                before[row + i] = ahead, lens[row + i] = entries[i].len, slots[row + i] = entries[i].slot;
+#if CASCADE
+                skipped[row + i] = entries[i].skipped;
+#endif
+            }
+            ahead += tiles[i];
         }
-        if (has) before[row] = ahead + sum - mine;
-        __syncthreads();
+        total += __shfl_sync(~0u, sum, 31);
     }
-    if (thread == 0) before[ENTRIES] = total;
-    __syncthreads();
+    if (lane == 0) before[ENTRIES] = total;
+    __syncwarp();
     // So few blocks that each warp of theirs has a tile.
     int all = total * a.kv_heads, share = max(WARPS, (all + int(gridDim.x) - 1) / int(gridDim.x));
     int from = min(all, int(blockIdx.x) * share), to = min(all, from + share);
 #if CASCADE
-    Work work = {before, lens, slots, skipped, ENTRIES, a.kv_heads, from, to, share, a.window, 0};
+    Work work = {before, lens, slots, skipped, a.kv_heads, from, to, share, a.window};
 #else
-    Work work = {before, lens, slots, ENTRIES, a.kv_heads, from, to, share, a.window, 0};
+    Work work = {before, lens, slots, a.kv_heads, from, to, share, a.window};
 #endif
     if (from == to) return work;
-    Segment end = work.at(to - from - 1);
-    if (end.last < end.tiles) work.ahead = max(0, to - end.last - from);
+    work.first_row = work.row_of_all_at(from, ENTRIES), work.last_row = work.row_of_all_at(to - 1, ENTRIES);
+    int row = work.last_row, begun = (to - before[row] * a.kv_heads) % (before[row + 1] - before[row]);
+    work.ahead = max(0, to - from - begun);
     return work;
 }
 
@@ -166,15 +193,23 @@ __device__ __forceinline__ int find(const Args &a, const Work &work, int index) 
     return (page * a.kv_heads + s.kv_head << a.page_shift) + inside;
 }
 
-// Of every FETCHERS tiles of the block's share, the one that is this warp's. Lanes look up 32 tiles while 32
-// are fetched.
+// Of every FETCHERS tiles of the block's share, the one that is this warp's; the stages that it fetches into
+// have their barriers from it. Lanes look up 32 tiles while 32 are fetched.
 __device__ __forceinline__ void fetch_all(const Args &a, const Work &work, const TensorMap &k_map, const TensorMap &v_map, Ring ring, int fetcher) {
     int lane = threadIdx.x & 31, next = find(a, work, fetcher + lane * FETCHERS);
+    if (lane == 0) {
+#pragma unroll 1
+        for (int i = fetcher; i < ring.stages; i += FETCHERS) barrier_init(ring.full + 8 * i, 1), barrier_init(ring.free + 8 * i, 1);
+        publish_barriers();
+    }
+    __syncwarp();
+    named_arrive(BARRIERS_READY, blockDim.x);
     ring.skip(fetcher);
     for (int first = fetcher; first < work.tiles(); first += 32 * FETCHERS) {
         int now = next;
-        next = find(a, work, first + (32 + lane) * FETCHERS);
         for (int i = 0; i < 32 && first + i * FETCHERS < work.tiles(); i++, ring.skip(FETCHERS)) {
+            // When some are on their way.
+            if (i == 4) next = find(a, work, first + (32 + lane) * FETCHERS);
             int y = __shfl_sync(~0u, now, i);
             if (lane > 0) continue;
             u32 barrier = ring.full + 8 * ring.stage, to = ring.memory + ring.stage * STAGE_BYTES;
