@@ -199,9 +199,10 @@ template <int TEAM> __device__ __forceinline__ void merge(const Args &a, const W
         m.clear();
         m.add<WARPS>([&](int warp, Merged::Piece (&pieces)[PIECES], float2 &top) {
             const float *from = shared.sums + (warp * SUM_HEADS + head) * SUMS_STRIDE;
-            top = shared.tops[warp][head];
+            bool has = s.has_for(warp);
+            top = has ? shared.tops[warp][head] : make_float2(-infinity(), 0.f);
 #pragma unroll
-            for (int p = 0; p < PIECES; p++) pieces[p] = *(const Merged::Piece *)(from + Merged::index(p));
+            for (int p = 0; p < PIECES; p++) pieces[p] = has ? *(const Merged::Piece *)(from + Merged::index(p)) : Merged::Piece{};
         });
         if (whole) { FINISH; continue; }
         float *to = partial + head * PARTIAL_STRIDE;
@@ -283,33 +284,38 @@ __device__ __forceinline__ void sum_all(const Args &a, const Work &work, const S
     };
     prepare_q(a, work, s, shared.q);
     named_barrier(BARRIERS_READY, blockDim.x);
-    for (int index = 0, next = warp, turn = 0; index < work.tiles(); turn++) {
+    for (int next = warp, turn = 0;; turn++) {
+        bool is_last = s.end() == work.tiles(), prepared = is_last;
         Queries q;
         if (turn > 0) barrier_wait(shared.q_full + 8 * (turn & 1), turn - 1 >> 1 & 1);
         q.load(shared.q + (turn & 1) * 8 * HALVES * Q_STRIDE);
-        int begin = index;
-        index += s.last - s.first;
-        // All warps have the last unit's q by now: they have made their parts of this one's since.
-        Segment following = s;
-        if (index < work.tiles()) following = work.at(index), prepare(following, turn + 1);
         Sums sums;
         sums.clear();
-        for (; next < index; next += WARPS, ring.skip(WARPS)) {
-            int tile = s.first + next - begin;
-            u32 at = ring.memory + ring.stage * STAGE_BYTES;
-            barrier_wait(ring.full + 8 * ring.stage, ring.parity);
+        bool has_any = next < s.end();
+        do {
+            if (next < s.end()) {
+                int tile = s.first + next - s.index;
+                u32 at = ring.memory + ring.stage * STAGE_BYTES;
+                barrier_wait(ring.full + 8 * ring.stage, ring.parity);
 #if CASCADE
-            if (tile == s.tiles - 1 && is_own(a, s.row)) add_token(a, s, at);
+                if (tile == s.tiles - 1 && is_own(a, s.row)) add_token(a, s, at);
 #else
-            if (tile == s.tiles - 1) add_token(a, s, at);
+                if (tile == s.tiles - 1) add_token(a, s, at);
 #endif
-            sums.add(scores, s.kv_len, (s.seen_from + tile) * TILE, at, q);
-            __syncwarp();
-            if (lane == 0) barrier_arrive(ring.free + 8 * ring.stage);
-        }
-        if (turn > 0) barrier_wait(shared.sums_free, turn - 1 & 1);
+                sums.add(scores, s.kv_len, (s.seen_from + tile) * TILE, at, q);
+                __syncwarp();
+                if (lane == 0) barrier_arrive(ring.free + 8 * ring.stage);
+                next += WARPS, ring.skip(WARPS);
+            }
+            // While the stage is filled again. All warps have this unit's q by now: they need the one before
+            // no more.
+            if (!prepared) prepare(work.at(s.end()), turn + 1), prepared = true;
+        } while (next < s.end());
+        // A warp without tiles leaves nothing, and need not wait for the merge of the last unit's sums.
+        if (turn > 0) barrier_wait(shared.sums_full, turn - 1 & 1);
+        if (turn > 0 && has_any) barrier_wait(shared.sums_free, turn - 1 & 1);
 #pragma unroll
-        for (int h = 0; h < HALVES; h++) {
+        for (int h = 0; h < HALVES && has_any; h++) {
             float sum = sums.sum[h];
             sum += __shfl_xor_sync(~0u, sum, 1);
             sum += __shfl_xor_sync(~0u, sum, 2);
@@ -320,10 +326,10 @@ __device__ __forceinline__ void sum_all(const Args &a, const Work &work, const S
 #pragma unroll
             for (int j = 0; j < DIM / 8; j++) *(float2 *)(to + 8 * j) = make_float2(sums.o[j][2 * h], sums.o[j][2 * h + 1]);
         }
-        if (index == work.tiles()) break;
+        if (is_last) break;
         __syncwarp();
         if (lane == 0) barrier_arrive(shared.sums_full);
-        s = following;
+        s = work.at(s.end());
     }
     named_barrier(SUMMED, WARPS * 32);
     merge<WARPS>(a, work, s, shared, warp);

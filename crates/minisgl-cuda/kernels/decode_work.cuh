@@ -44,9 +44,15 @@ __device__ __forceinline__ bool is_own(const Args &a, int entry) { return entry 
 __device__ __forceinline__ int member(const Args &a, int entry, int i) { return a.lot_rows[(entry - a.rows) * a.lot_size + i]; }
 #endif
 
-// What a block takes of a unit: tiles `first..last` of the row's `tiles`, counted from its first seen one.
+// What a block takes of a unit, from its tile `index` on: tiles `first..last` of the row's `tiles`, counted
+// from its first seen one.
 // With CASCADE, a `row` is an entry: one of the rows, or behind them one of the lots.
-struct Segment { int row, kv_head, kv_len, first, last, tiles, seen_from; };
+struct Segment {
+    int row, kv_head, kv_len, index, first, last, tiles, seen_from;
+    __device__ __forceinline__ int end() const { return index + last - first; }
+    // Whether a warp that sums takes any of its tiles.
+    __device__ __forceinline__ bool has_for(int warp) const { return (warp + WARPS - index % WARPS) % WARPS < last - first; }
+};
 
 // The entries, the query heads of unit `s`, and those that have a place in a warp's sums.
 #if CASCADE
@@ -96,6 +102,7 @@ struct Work {
         int position = from + index + ahead;
         if (position >= to) position -= tiles();
         Segment s;
+        s.index = index;
         s.row = row_at(position);
         s.tiles = before[s.row + 1] - before[s.row], s.kv_len = lens[s.row];
         int inside = position - before[s.row] * kv_heads;
