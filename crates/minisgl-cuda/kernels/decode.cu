@@ -56,7 +56,6 @@ __device__ __forceinline__ void prepare_q(const Args &a, const Work &work, const
 struct Shared {
     bf16 *q; float *sums;
     float2 (*tops)[16];  // [warp][head]: best score, in powers of 2, and sum
-    int *arrived;
     u32 q_full, sums_full, sums_free;
 };
 
@@ -121,12 +120,12 @@ __device__ __forceinline__ void load_from_blocks(float (&x)[4], const float *fro
     x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
 }
 
-#if CASCADE
-// Where a query head's halves lie: its row's own tokens', and behind it the shared ones'.
-__device__ __forceinline__ float *halves_of(const Args &a, int row, int head) {
-    return a.halves + ((long long)row * a.q_heads + head) * 2 * PARTIAL_STRIDE;
-}
-#endif
+// The warps that merge a unit: each has every `warps`-th head from its `rank` on, and a lane speaks for one of
+// these.
+struct Team {
+    int rank, warps;
+    __device__ __forceinline__ int head_of(int lane) const { return rank + lane * warps; }
+};
 
 #if CASCADE
 // What becomes of a unit's head, all of whose sums are merged.
@@ -136,7 +135,8 @@ __device__ __forceinline__ void finish(const Args &a, const Segment &s, const Me
     int row = own ? s.row : member(a, s.row, head / group);
     if (row < 0) return;
     if (!own || a.covered[row] > 0) {
-        float *to = halves_of(a, row, s.kv_head * group + head % group) + (own ? 0 : PARTIAL_STRIDE);
+        long long at = (long long)row * a.q_heads + s.kv_head * group + head % group;
+        float *to = a.halves + (2 * at + (own ? 0 : 1)) * PARTIAL_STRIDE;
 #pragma unroll
         for (int p = 0; p < PIECES; p++) *(Merged::Piece *)(to + Merged::index(p)) = m.pieces[p];
         if ((threadIdx.x & 31) == 0) *(float2 *)(to + DIM) = make_float2(m.best, m.total);
@@ -145,41 +145,28 @@ __device__ __forceinline__ void finish(const Args &a, const Segment &s, const Me
     m.write(out + head * DIM);
 }
 
-// Behind `finish` of all of a unit's heads: of each of its rows, whoever comes second merges the halves.
-template <int TEAM> __device__ __forceinline__ void join(const Args &a, const Segment &s, const Shared &shared, int rank) {
-    int lane = threadIdx.x & 31, group = a.q_heads / a.kv_heads;
+// Behind `finish` of the heads that lanes `done` speak for: of each, whoever comes second merges the halves.
+__device__ __forceinline__ void join(const Args &a, const Segment &s, const Team &team, u32 done) {
+    int lane = threadIdx.x & 31, group = a.q_heads / a.kv_heads, head = team.head_of(lane), row = -1;
     bool own = is_own(a, s.row);
     if (own && a.covered[s.row] == 0) return;
-    __threadfence();
-    if (TEAM == 1) __syncwarp();
-    else named_barrier(SUMMED, TEAM * 32);
-    int second = 0;
-    if (rank == 0) {
-        int row = lane >= (own ? 1 : a.lot_size) ? -1 : own ? s.row : member(a, s.row, lane);
-        bool is_second = row >= 0 && atomicAdd(a.joined + row * a.kv_heads + s.kv_head, 1) == 1;
-        second = __ballot_sync(~0u, is_second);
-        if (TEAM > 1 && lane == 0) *shared.arrived = second;
-    }
-    if (TEAM > 1) {
-        named_barrier(SUMMED, TEAM * 32);
-        second = *shared.arrived;
-    }
-    __threadfence();
-    for (; second; second &= second - 1) {
-        int row = own ? s.row : member(a, s.row, __ffs(second) - 1);
-        for (int i = rank; i < group; i += TEAM) {
-            int head = s.kv_head * group + i;
-            Merged m;
-            m.clear();
-            m.add<2>([&](int half, Merged::Piece (&pieces)[PIECES], float2 &top) {
-                const float *from = halves_of(a, row, head) + half * PARTIAL_STRIDE;
-                top = __ldcg((const float2 *)(from + DIM));
+    if (done >> lane & 1) row = own ? s.row : member(a, s.row, head / group);
+    int at = row * a.q_heads + s.kv_head * group + head % group;
+    __syncwarp();
+    bool is_second = row >= 0 && arrive_at(a.joined + at) == 1;
+    if (is_second) a.joined[at] = 0;
+    __syncwarp();
+    for (u32 second = __ballot_sync(~0u, is_second); second; second &= second - 1) {
+        long long from_lane = __shfl_sync(~0u, at, __ffs(second) - 1);
+        Merged m;
+        m.clear();
+        m.add<2>([&](int half, Merged::Piece (&pieces)[PIECES], float2 &top) {
+            const float *from = a.halves + (2 * from_lane + half) * PARTIAL_STRIDE;
+            top = __ldcg((const float2 *)(from + DIM));
 #pragma unroll
-                for (int p = 0; p < PIECES; p++) load_from_blocks(pieces[p].x, from + Merged::index(p));
-            });
-            m.write(a.out + ((long long)row * a.q_heads + head) * DIM);
-        }
-        if (rank == 0 && lane == 0) a.joined[row * a.kv_heads + s.kv_head] = 0;
+            for (int p = 0; p < PIECES; p++) load_from_blocks(pieces[p].x, from + Merged::index(p));
+        });
+        m.write(a.out + from_lane * DIM);
     }
 }
 #define FINISH finish(a, s, m, head, out)
@@ -187,15 +174,17 @@ template <int TEAM> __device__ __forceinline__ void join(const Args &a, const Se
 #define FINISH m.write(out + head * DIM)
 #endif
 
-// A unit's sums become its output, or, of a part of a unit, go to `partial`. Warp `rank` of `TEAM` warps.
-template <int TEAM> __device__ __forceinline__ void merge(const Args &a, const Work &work, const Segment &s, const Shared &shared, int rank) {
+// A unit's sums become its output, or, of a part of a unit, go to `partial`, where the last block to arrive
+// merges a head's parts.
+__device__ __forceinline__ void merge(const Args &a, const Work &work, const Segment &s, const Shared &shared, const Team &team) {
     int lane = threadIdx.x & 31, group = a.q_heads / a.kv_heads;
     bool whole = s.last - s.first == s.tiles;
     // Two places a block: of the unit that began before it, and of the one that goes on behind it.
     float *partial = a.partial + (2 * blockIdx.x + (s.first > 0 ? 0 : 1)) * 16 * PARTIAL_STRIDE;
     bf16 *out = a.out + ((long long)s.row * a.q_heads + s.kv_head * group) * DIM;
     Merged m;
-    for (int head = rank; head < UNIT_HEADS; head += TEAM) {
+#pragma unroll 1
+    for (int head = team.rank; head < UNIT_HEADS; head += team.warps) {
         m.clear();
         m.add<WARPS>([&](int warp, Merged::Piece (&pieces)[PIECES], float2 &top) {
             const float *from = shared.sums + (warp * SUM_HEADS + head) * SUMS_STRIDE;
@@ -210,80 +199,67 @@ template <int TEAM> __device__ __forceinline__ void merge(const Args &a, const W
         for (int p = 0; p < PIECES; p++) *(Merged::Piece *)(to + Merged::index(p)) = m.pieces[p];
         if (lane == 0) *(float2 *)(to + DIM) = make_float2(m.best, m.total);
     }
-    if (TEAM == 1) {
-        __syncwarp();
-        if (lane == 0) barrier_arrive(shared.sums_free);
-    }
-#if CASCADE
-    if (whole) join<TEAM>(a, s, shared, rank);
-#endif
-    if (whole) return;
-    int unit = s.row * a.kv_heads + s.kv_head, begin = work.before[s.row] * a.kv_heads + s.kv_head * s.tiles;
-    int first_block = begin / work.share, blocks = (begin + s.tiles - 1) / work.share - first_block + 1, arrived = 0;
-    __threadfence();
-    if (TEAM == 1) {
-        __syncwarp();
-        if (lane == 0) arrived = atomicAdd(a.arrived + unit, 1);
-        arrived = __shfl_sync(~0u, arrived, 0);
-    } else {
-        named_barrier(SUMMED, TEAM * 32);
-        if (threadIdx.x == 0) *shared.arrived = atomicAdd(a.arrived + unit, 1);
-        named_barrier(SUMMED, TEAM * 32);
-        arrived = *shared.arrived;
-    }
-    if (arrived != blocks - 1) return;
-    __threadfence();
-    for (int head = rank; head < UNIT_HEADS; head += TEAM) {
-        m.clear();
-        for (int first = 0; first < blocks; first += 4)
-            m.add<4>([&](int i, Merged::Piece (&pieces)[PIECES], float2 &top) {
-                // Only the first block's part begins where the unit does. What is read twice is left out.
-                int b = min(first + i, blocks - 1), place = 2 * (first_block + b) + (b == 0 ? 1 : 0);
-                const float *from = a.partial + (place * 16 + head) * PARTIAL_STRIDE;
-                top = __ldcg((const float2 *)(from + DIM));
-                if (first + i >= blocks) top.x = -infinity();
-#pragma unroll
-                for (int p = 0; p < PIECES; p++) load_from_blocks(pieces[p].x, from + Merged::index(p));
-            });
-        FINISH;
-    }
-    if (rank == 0 && lane == 0) a.arrived[unit] = 0;
-#if CASCADE
-    join<TEAM>(a, s, shared, rank);
-#endif
-}
-
-// The warp that merges all units but the block's last one, which the summing warps do: they are done.
-__device__ __forceinline__ void merge_all(const Args &a, const Work &work, const Shared &shared) {
-    if ((threadIdx.x & 31) == 0) {
-        barrier_init(shared.q_full, WARPS), barrier_init(shared.q_full + 8, WARPS);
-        barrier_init(shared.sums_full, WARPS), barrier_init(shared.sums_free, 1);
-    }
     __syncwarp();
-    named_barrier(BARRIERS_READY, blockDim.x);
-    for (int index = 0, turn = 0;; turn++) {
-        Segment s = work.at(index);
-        index += s.last - s.first;
-        if (index == work.tiles()) return;
-        barrier_wait(shared.sums_full, turn & 1);
-        merge<1>(a, work, s, shared, 0);
+    if (team.warps == 1 && lane == 0) barrier_arrive(shared.sums_free);
+    bool is_done = team.head_of(lane) < UNIT_HEADS;
+    if (!whole) {
+        int begin = work.before[s.row] * a.kv_heads + s.kv_head * s.tiles;
+        int first_block = begin / work.share, blocks = (begin + s.tiles - 1) / work.share - first_block + 1;
+        int *arrived = a.arrived + (s.row * a.kv_heads + s.kv_head) * 16 + team.head_of(lane);
+        is_done = is_done && arrive_at(arrived) == blocks - 1;
+        if (is_done) *arrived = 0;
+        __syncwarp();
+        for (u32 left = __ballot_sync(~0u, is_done); left; left &= left - 1) {
+            int head = team.head_of(__ffs(left) - 1);
+            m.clear();
+#pragma unroll 1
+            for (int first = 0; first < blocks; first += 4)
+                m.add<4>([&](int i, Merged::Piece (&pieces)[PIECES], float2 &top) {
+                    // Only the first block's part begins where the unit does. What is read twice is left out.
+                    int b = min(first + i, blocks - 1), place = 2 * (first_block + b) + (b == 0 ? 1 : 0);
+                    const float *from = a.partial + (place * 16 + head) * PARTIAL_STRIDE;
+                    top = __ldcg((const float2 *)(from + DIM));
+                    if (first + i >= blocks) top.x = -infinity();
+#pragma unroll
+                    for (int p = 0; p < PIECES; p++) load_from_blocks(pieces[p].x, from + Merged::index(p));
+                });
+            FINISH;
+        }
+    }
+#if CASCADE
+    join(a, s, team, __ballot_sync(~0u, is_done));
+#endif
+}
+
+// From unit `s` on: all but the block's last one are merged by a warp of its own, the last one by those that
+// summed it, all at once. Both run the same instructions: the last merge finds them in the cache.
+__device__ __forceinline__ void merge_all(const Args &a, const Work &work, const Shared &shared, Segment s) {
+    int warp = threadIdx.x / 32;
+    bool has_summed = warp < WARPS;
+    Team team = has_summed ? Team{warp, WARPS} : Team{0, 1};
+#pragma unroll 1
+    for (int turn = 0;; turn++) {
+        bool is_last = s.end() == work.tiles();
+        if (!has_summed && is_last) return;
+        if (!has_summed) barrier_wait(shared.sums_full, turn & 1);
+        merge(a, work, s, shared, team);
+        if (is_last) return;
+        s = work.at(s.end());
     }
 }
 
-// A warp that sums tiles.
-__device__ __forceinline__ void sum_all(const Args &a, const Work &work, const Shared &shared, Ring ring) {
+// A warp that sums tiles, from unit `s` on, whose q is there. Returns the last one, when all warps have left
+// their sums of it.
+__device__ __forceinline__ Segment sum_all(const Args &a, const Work &work, const Shared &shared, Ring ring, Segment s) {
     int warp = threadIdx.x / 32, lane = threadIdx.x & 31, g = lane / 4, t = lane & 3, group = a.q_heads / a.kv_heads;
     float scale = (a.soft_cap > 0.f ? 1.f : a.scale) * 1.4426950408889634f;
     const Scores scores = {a.scale, a.soft_cap, a.window};
     ring.skip(warp);
-    Segment s = work.at(0);
     auto prepare = [&](const Segment &of, int turn) {
         prepare_q(a, work, of, shared.q + (turn & 1) * 8 * HALVES * Q_STRIDE);
         __syncwarp();
         if (lane == 0) barrier_arrive(shared.q_full + 8 * (turn & 1));
     };
-    prepare_q(a, work, s, shared.q);
-    named_barrier(BARRIERS_READY, blockDim.x);
     for (int next = warp, turn = 0;; turn++) {
         bool is_last = s.end() == work.tiles(), prepared = is_last;
         Queries q;
@@ -332,7 +308,7 @@ __device__ __forceinline__ void sum_all(const Args &a, const Work &work, const S
         s = work.at(s.end());
     }
     named_barrier(SUMMED, WARPS * 32);
-    merge<WARPS>(a, work, s, shared, warp);
+    return s;
 }
 
 extern "C" __global__ void __launch_bounds__(32 * (WARPS + FETCHERS + 1), 1)
@@ -346,7 +322,6 @@ decode(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
     int *skipped = nullptr;
 #endif
     __shared__ float2 tops[WARPS][16];
-    __shared__ int arrived;
     let_next_start();
     int warp = threadIdx.x / 32;
     bool fetches = warp >= WARPS && warp < WARPS + FETCHERS;
@@ -355,7 +330,7 @@ decode(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
     unsigned char *behind = memory + (tiles - shared_address(memory)) + a.stages * STAGE_BYTES;
     bf16 *q = (bf16 *)behind;
     float *sums = (float *)(behind + 2 * 8 * HALVES * Q_STRIDE * 2);
-    Shared shared = {q, sums, tops, &arrived, barriers, barriers + 16, barriers + 24};
+    Shared shared = {q, sums, tops, barriers, barriers + 16, barriers + 24};
     Ring ring = {tiles, barriers + 32, barriers + 32 + 8 * a.stages, a.stages};
     // In a graph, page table and lengths are older than all its kernels.
     if (!a.early) wait_for_previous();
@@ -363,6 +338,14 @@ decode(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
     if (fetches && work.from < work.to) fetch_all(a, work, k_map, v_map, ring, warp - WARPS);
     wait_for_previous();
     if (work.from == work.to || fetches) return;
-    if (warp < WARPS) sum_all(a, work, shared, ring);
-    else merge_all(a, work, shared);
+    Segment s = work.at(0);
+    if (warp < WARPS) {
+        prepare_q(a, work, s, q);
+    } else if ((threadIdx.x & 31) == 0) {
+        barrier_init(shared.q_full, WARPS), barrier_init(shared.q_full + 8, WARPS);
+        barrier_init(shared.sums_full, WARPS), barrier_init(shared.sums_free, 1);
+    }
+    named_barrier(READY, blockDim.x);
+    if (warp < WARPS) s = sum_all(a, work, shared, ring, s);
+    merge_all(a, work, shared, s);
 }

@@ -14,9 +14,9 @@
 #define ENTRIES_MAX ROWS_MAX
 #endif
 #define STAGES_MAX 48
-// Named barriers: of the summing warps; of all, where the barriers in shared memory are there.
+// Named barriers: of the summing warps, behind the last sums; of all, before the first tile.
 #define SUMMED 1
-#define BARRIERS_READY 2
+#define READY 2
 // A head's sums in `partial`: with its best score and its sum of weights behind them.
 #define PARTIAL_STRIDE (DIM + 4)
 
@@ -32,7 +32,7 @@ struct Args {
     const int *lot_tokens; // [lots], whole tiles; 0 for a lot that is not there
     const int *covered;    // [rows]: the tokens of a row's lot; 0 without one
     float *halves;         // [rows, q_heads, own and shared, PARTIAL_STRIDE]
-    int *joined;           // [rows, kv_heads]: halves that are there
+    int *joined;           // [rows, q_heads]: halves that are there
     int lots, lot_size;
 #endif
 };
@@ -210,7 +210,7 @@ __device__ __forceinline__ void fetch_all(const Args &a, const Work &work, const
         publish_barriers();
     }
     __syncwarp();
-    named_arrive(BARRIERS_READY, blockDim.x);
+    named_arrive(READY, blockDim.x);
     ring.skip(fetcher);
     for (int first = fetcher; first < work.tiles(); first += 32 * FETCHERS) {
         int now = next;

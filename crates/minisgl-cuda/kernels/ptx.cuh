@@ -34,6 +34,14 @@ __device__ __forceinline__ float power_of_2(float x) {
     return y;
 }
 
+// How many have arrived at `count` before. What the thread, and those that it has met, wrote before is seen by
+// whoever arrives later, and by those that it meets.
+__device__ __forceinline__ int arrive_at(int *count) {
+    int before;
+    asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], 1;" : "=r"(before) : "l"(count) : "memory");
+    return before;
+}
+
 // D = A·B + D on the tensor cores: A 16×16 row-major, B 16×8 column-major, f32 sums.
 // Lane (g = lane / 4, t = lane % 4) holds A[g][2t..], A[g+8][2t..], A[g][2t+8..], A[g+8][2t+8..];
 // B[2t..][g], B[2t+8..][g]; D[g][2t..], D[g+8][2t..].

@@ -162,7 +162,7 @@ impl CudaBackend {
 
     /// What the step's rows share, where its attention is to make use of that.
     fn lots(&self, a: &Attention<'_>) -> Result<Option<Lots>> {
-        let (Heads { q, kv, dim }, rows) = (a.heads, a.batch.decode_rows);
+        let (Heads { q, dim, .. }, rows) = (a.heads, a.batch.decode_rows);
         let Some(shared) = &a.batch.shared else { return Ok(None) };
         let size = shared.rows.row_len();
         // A window leaves out most of what is shared.
@@ -170,7 +170,7 @@ impl CudaBackend {
             return Ok(None);
         }
         let halves = self.scratch("cascade halves", DType::F32, &[rows * q * 2 * (dim + 4)])?;
-        let joined = self.scratch("cascade joins", DType::I32, &[rows * kv])?;
+        let joined = self.scratch("cascade joins", DType::I32, &[rows * q])?;
         Ok(Some(Lots {
             rows: shared.rows.address(),
             tokens: shared.tokens.address(),
@@ -215,7 +215,7 @@ impl CudaBackend {
             q_norm,
             k_norm,
             partial: self.scratch("decode", DType::F32, &[blocks * 2 * 16 * (dim + 4)])?.address(),
-            arrived: self.scratch("decode arrivals", DType::I32, &[units])?.address(),
+            arrived: self.scratch("decode arrivals", DType::I32, &[units * GROUP_MAX])?.address(),
             rows: rows as i32,
             pages_a_row: batch.page_table.row_len() as i32,
             page_shift: batch.page_size.ilog2() as i32,

@@ -76,7 +76,6 @@ inline unsigned __ballot_sync(unsigned, bool mine) {
 
 template <typename V> V __ldg(const V *from) { return *from; }
 template <typename V> V __ldcg(const V *from) { return *from; }
-inline void __threadfence() {}
 inline int atomicAdd(int *to, int value) {
     int old = *to;
     *to += value;

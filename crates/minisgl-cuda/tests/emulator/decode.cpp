@@ -20,7 +20,7 @@ static void check(const std::vector<int> &lens, const std::vector<Cache::Prefix>
     auto out = unwritten<bf16>(rows * q_heads * DIM);
     auto q_norm = random_floats(DIM, 1.f, 0.1f), k_norm = random_floats(DIM, 1.f, 0.1f);
     auto partial = unwritten<float>(o.blocks * 2 * 16 * PARTIAL_STRIDE);
-    std::vector<int> arrived((rows + prefixes.size()) * KV_HEADS), joined(rows * KV_HEADS);
+    std::vector<int> arrived((rows + prefixes.size()) * KV_HEADS * 16), joined(rows * q_heads);
     auto kv_len = o.early ? cache.lens : std::vector<int>(rows);
     Args args = {
         .qkv = qkv.data(), .k_pages = cache.k.data(), .v_pages = cache.v.data(), .out = out.data(),
