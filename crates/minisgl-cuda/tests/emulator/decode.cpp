@@ -73,6 +73,8 @@ int main(int count, char **seeds) {
 #else
         check({1}, {}, {.blocks = 2, .early = true, .scores = {scale, 0.f, 0}});
         check({100, 33, 0, 300, 16, 17}, {}, {.blocks = 5, .early = true, .scores = {scale, 0.f, 0}});
+        // Units of fewer tiles than warps, one behind the other.
+        check({20, 5, 40, 33, 17, 300, 16, 9}, {}, {.blocks = 2, .early = true, .scores = {scale, 0.f, 0}});
         check({700, 90}, {}, {.blocks = 6, .early = false, .scores = {scale, 3.f, 200}});
 #endif
     });
