@@ -200,7 +200,7 @@ __device__ __forceinline__ void merge(const Args &a, const Work &work, const Seg
         if (lane == 0) *(float2 *)(to + DIM) = make_float2(m.best, m.total);
     }
     __syncwarp();
-    if (team.warps == 1 && lane == 0) barrier_arrive(shared.sums_free);
+    if (team.warps == 1) lanes_arrive(shared.sums_free);
     bool is_done = team.head_of(lane) < UNIT_HEADS;
     if (!whole) {
         int begin = work.before[s.row] * a.kv_heads + s.kv_head * s.tiles;
@@ -257,8 +257,7 @@ __device__ __forceinline__ Segment sum_all(const Args &a, const Work &work, cons
     ring.skip(warp);
     auto prepare = [&](const Segment &of, int turn) {
         prepare_q(a, work, of, shared.q + (turn & 1) * 8 * HALVES * Q_STRIDE);
-        __syncwarp();
-        if (lane == 0) barrier_arrive(shared.q_full + 8 * (turn & 1));
+        warp_arrives(shared.q_full + 8 * (turn & 1));
     };
     for (int next = warp, turn = 0;; turn++) {
         bool is_last = s.end() == work.tiles(), prepared = is_last;
@@ -279,8 +278,7 @@ __device__ __forceinline__ Segment sum_all(const Args &a, const Work &work, cons
                 if (tile == s.tiles - 1) add_token(a, s, at);
 #endif
                 sums.add(scores, s.kv_len, (s.seen_from + tile) * TILE, at, q);
-                __syncwarp();
-                if (lane == 0) barrier_arrive(ring.free + 8 * ring.stage);
+                warp_arrives(ring.free + 8 * ring.stage);
                 next += WARPS, ring.skip(WARPS);
             }
             // While the stage is filled again. All warps have this unit's q by now: they need the one before
@@ -303,8 +301,7 @@ __device__ __forceinline__ Segment sum_all(const Args &a, const Work &work, cons
             for (int j = 0; j < DIM / 8; j++) *(float2 *)(to + 8 * j) = make_float2(sums.o[j][2 * h], sums.o[j][2 * h + 1]);
         }
         if (is_last) break;
-        __syncwarp();
-        if (lane == 0) barrier_arrive(shared.sums_full);
+        warp_arrives(shared.sums_full);
         s = work.at(s.end());
     }
     named_barrier(SUMMED, WARPS * 32);
@@ -342,8 +339,8 @@ decode(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
     if (warp < WARPS) {
         prepare_q(a, work, s, q);
     } else if ((threadIdx.x & 31) == 0) {
-        barrier_init(shared.q_full, WARPS), barrier_init(shared.q_full + 8, WARPS);
-        barrier_init(shared.sums_full, WARPS), barrier_init(shared.sums_free, 1);
+        barrier_init(shared.q_full, ARRIVALS(WARPS)), barrier_init(shared.q_full + 8, ARRIVALS(WARPS));
+        barrier_init(shared.sums_full, ARRIVALS(WARPS)), barrier_init(shared.sums_free, ARRIVALS(1));
     }
     named_barrier(READY, blockDim.x);
     if (warp < WARPS) s = sum_all(a, work, shared, ring, s);

@@ -206,7 +206,7 @@ __device__ __forceinline__ void fetch_all(const Args &a, const Work &work, const
     int lane = threadIdx.x & 31, next = find(a, work, fetcher + lane * FETCHERS);
     if (lane == 0) {
 #pragma unroll 1
-        for (int i = fetcher; i < ring.stages; i += FETCHERS) barrier_init(ring.full + 8 * i, 1), barrier_init(ring.free + 8 * i, 1);
+        for (int i = fetcher; i < ring.stages; i += FETCHERS) barrier_init(ring.full + 8 * i, 1), barrier_init(ring.free + 8 * i, ARRIVALS(1));
         publish_barriers();
     }
     __syncwarp();

@@ -135,11 +135,8 @@ __device__ __forceinline__ void gather(float &squares, u32 x) {
 
 // A tile's sums over this block's k.
 __device__ __forceinline__ void sum(const Args &a, const Part &p, const Shared &s, float (&d)[ROWS / 2], float &squares, Ring &w, Ring &x, bool first_tile) {
-    int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
-    auto leave = [&](u32 stage) {
-        __syncwarp();
-        if (lane == 0) barrier_arrive(s.free + 8 * stage);
-    };
+    int warp = threadIdx.x / 32;
+    auto leave = [&](u32 stage) { warp_arrives(s.free + 8 * stage); };
 #if NORM
     u32 even[16], odd[16];
     auto prepare = [&](u32 (&f)[16], int step) {
@@ -344,7 +341,7 @@ narrow(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap x,
     s.arrived = s.free + 8 * STAGES_MAX;
     if (threadIdx.x == 0) {
         for (int i = 0; i < a.w_stages; i++) barrier_init(s.full_w + 8 * i, 1);
-        for (int i = 0; i < a.x_stages; i++) barrier_init(s.full_x + 8 * i, 1), barrier_init(s.free + 8 * i, 4 * GROUPS);
+        for (int i = 0; i < a.x_stages; i++) barrier_init(s.full_x + 8 * i, 1), barrier_init(s.free + 8 * i, ARRIVALS(4 * GROUPS));
         barrier_init(s.arrived, 1);
         publish_barriers();
     }

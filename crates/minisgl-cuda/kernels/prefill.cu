@@ -71,8 +71,8 @@ template <int STAGES> struct Turn {
 // Of each stage: whether it is full, and free.
 template <int STAGES> struct Barriers {
     u32 first;
-    __device__ void init(int fillers, int takers) const {
-        for (int i = 0; i < STAGES; i++) barrier_init(full(i), fillers), barrier_init(free(i), takers);
+    __device__ void init(int arrivals, int taking_warps) const {
+        for (int i = 0; i < STAGES; i++) barrier_init(full(i), arrivals), barrier_init(free(i), ARRIVALS(taking_warps));
     }
     __device__ u32 full(int stage) const { return first + stage * 16; }
     __device__ u32 free(int stage) const { return first + stage * 16 + 8; }
@@ -80,7 +80,7 @@ template <int STAGES> struct Barriers {
     __device__ void wait_free(Turn<STAGES> turn) const { barrier_wait(free(turn.stage()), turn.parity() ^ 1); }
     // A whole warp's.
     __device__ void leave(Turn<STAGES> &turn) const {
-        if ((threadIdx.x & 31) == 0) barrier_arrive(free(turn.stage()));
+        lanes_arrive(free(turn.stage()));
         turn.count++;
     }
 };
@@ -257,8 +257,7 @@ __device__ __forceinline__ void prepare_items(const Args &a, const Rotation &rot
         if (item.row < 0) return;
         shared.queries.wait_free(query_turn);
         prepare_queries(a, rotation, shared.q_weight, item, shared.q + query_turn.stage() * 2 * QUERY_BYTES, rank);
-        __syncwarp();
-        if (first_lane) barrier_arrive(shared.queries.full(query_turn.stage()));
+        warp_arrives(shared.queries.full(query_turn.stage()));
         query_turn.count++;
     }
 }
@@ -434,7 +433,7 @@ prefill(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorM
     shared.k_tiles.first = shared.queries.full(ITEM_STAGES), shared.v_tiles.first = shared.k_tiles.full(K_STAGES);
     if (threadIdx.x == 0) {
         // Items go to all warps.
-        shared.items.init(1, 12), shared.queries.init(PREPARERS, 8), shared.k_tiles.init(1, 8), shared.v_tiles.init(1, 8);
+        shared.items.init(1, 12), shared.queries.init(ARRIVALS(PREPARERS), 8), shared.k_tiles.init(1, 8), shared.v_tiles.init(1, 8);
         publish_barriers();
     }
     if (threadIdx.x < DIM) q_weight[threadIdx.x] = rotation.weight ? rotation.weight[threadIdx.x] + rotation.shift : 1.f;

@@ -73,7 +73,7 @@ extern "C" __global__ void __launch_bounds__(32 * (WARPS + 1), HALVES == 1 ? 3 :
     int tiles = (a.n_total + COLUMNS - 1) / COLUMNS;
     float *norm = (float *)(memory + a.stages * STAGE_BYTES);
     if (threadIdx.x == 0) {
-        for (int i = 0; i < a.stages; i++) barrier_init(ring.full + 8 * i, 1), barrier_init(ring.free + 8 * i, WARPS);
+        for (int i = 0; i < a.stages; i++) barrier_init(ring.full + 8 * i, 1), barrier_init(ring.free + 8 * i, ARRIVALS(WARPS));
         publish_barriers();
     }
     __syncthreads();
@@ -140,8 +140,7 @@ extern "C" __global__ void __launch_bounds__(32 * (WARPS + 1), HALVES == 1 ? 3 :
                         mma(acc[j], f[0][2], f[1][2], f[0][3], f[1][3], w.z, w.w);
                     }
                 }
-                __syncwarp();
-                if (lane == 0) barrier_arrive(ring.free + 8 * ring.stage);
+                warp_arrives(ring.free + 8 * ring.stage);
                 ring.next();
             }
         }

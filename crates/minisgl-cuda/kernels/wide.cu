@@ -231,8 +231,7 @@ __device__ __forceinline__ void multiply(const Args &a, const Part &p, const Sha
         for (int side = 0; side < SIDES; side++)
             *(float2 *)(s.sums + (warp * SIDES + side) * SUMS + g * 8 + 2 * t) =
                 make_float2(acc[side][0][0] + acc[side][1][0], acc[side][0][1] + acc[side][1][1]);
-        __syncwarp();
-        if (lane == 0) barrier_arrive(s.full);
+        warp_arrives(s.full);
     }
 }
 
@@ -257,8 +256,7 @@ struct Tile {
 #pragma unroll
                 for (int v = 0; v < WARPS; v++) squares[i] += s.squares[v * ROWS + i * 4 + lane / 8];
         }
-        __syncwarp();
-        if (lane == 0) barrier_arrive(s.free);
+        warp_arrives(s.free);
     }
     // To the cluster's first block.
     __device__ void send_sums(const Args &a, const Part &p, const Shared &s, int round) {
@@ -334,7 +332,7 @@ extern "C" __global__ void __launch_bounds__(32 * (WARPS + 1), 2) wide(const Arg
     Part p(a);
     Shared s(a, memory, barriers);
     if (threadIdx.x == 0) {
-        barrier_init(s.x_here, a.rows), barrier_init(s.full, WARPS), barrier_init(s.free, 1);
+        barrier_init(s.x_here, a.rows), barrier_init(s.full, ARRIVALS(WARPS)), barrier_init(s.free, ARRIVALS(1));
         for (int i = 0; i < SLOTS; i++) barrier_init(s.arrived + 8 * i, 1), barrier_init(s.read + 8 * i, 1);
         publish_barriers();
     }

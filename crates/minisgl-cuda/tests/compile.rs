@@ -110,6 +110,18 @@ fn kernels_compile_without_spills() {
             }
         }
     }
+    // As a race checker follows them.
+    let product = [("GATED", 1), ("NORM", 1), ("OUT_F32", 0)];
+    for (module, defines, others) in [
+        (Module::Decode, &[("DIM", 128)][..], &[("HALVES", 2), ("CASCADE", 1)][..]),
+        (Module::Narrow, &product[..2], &[("ROWS", 32), ("GROUPS", 1)]),
+        (Module::Prefill, &[("DIM", 128)], &[("GROUP", 2), ("SOFT_CAP", 0)]),
+        (Module::Stream, &product, &[("HALVES", 2), ("TILES", 2)]),
+        (Module::Wide, &product, &[("STAGES", 10)]),
+    ] {
+        let defines = [defines, others, &[("EVERY_LANE_ARRIVES", 1)]].concat();
+        check(module, &defines, "sm_90a", false, false);
+    }
 }
 
 fn check(module: Module, defines: &[(&'static str, i32)], arch: &str, exact: bool, hot: bool) {
