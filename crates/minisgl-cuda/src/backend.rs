@@ -33,12 +33,14 @@ pub struct CudaOptions {
     /// The model: its kernels are compiled with the others. Without it the fastest that can
     /// run are compiled when they are first needed.
     pub model: Option<ModelShape>,
+    /// Kernels are compiled so that a race checker can follow them: for tests. See `kernels/common.cuh`.
+    pub race_checked: bool,
 }
 
 impl CudaOptions {
     /// A card at a precision, and nothing else said.
     pub fn new(device: usize, precision: Precision) -> Self {
-        Self { device, precision, model: None }
+        Self { device, precision, model: None, race_checked: false }
     }
 }
 
@@ -85,7 +87,7 @@ impl CudaBackend {
         let card = Card { exact, capability: device.capability };
         let model = options.model.as_ref();
         model.map_or(Ok(()), |model| model.check(card))?;
-        let kernels = Kernels::new(&device, exact)?;
+        let kernels = Kernels::new(&device, exact, options.race_checked)?;
         let mut modules = vec![(Module::Elementwise, vec![]), (Module::Sample, vec![])];
         if !exact {
             modules.extend(crate::linear::gemv_variants(device.capability.0 >= 9));

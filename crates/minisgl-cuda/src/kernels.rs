@@ -91,13 +91,15 @@ pub(crate) type Key = (Module, Vec<(&'static str, i32)>);
 pub(crate) struct Kernels {
     device: Arc<Device>,
     exact: bool,
+    race_checked: bool,
     functions: Mutex<HashMap<(Key, &'static str), Function>>,
 }
 
 impl Kernels {
-    pub(crate) fn new(device: &Arc<Device>, exact: bool) -> Result<Self> {
+    pub(crate) fn new(device: &Arc<Device>, exact: bool, race_checked: bool) -> Result<Self> {
         check_nvrtc()?;
-        Ok(Self { device: Arc::clone(device), exact, functions: Mutex::default() })
+        let device = Arc::clone(device);
+        Ok(Self { device, exact, race_checked, functions: Mutex::default() })
     }
 
     /// The kernel `name` of `module`, specialised by `defines`.
@@ -146,11 +148,13 @@ impl Kernels {
         let (major, minor) = self.device.capability;
         let suffix = if major >= 9 { "a" } else { "" };
         let arch = format!("sm_{major}{minor}{suffix}");
-        let path = cache_file(module, defines, &arch, self.exact);
+        let mut defines = defines.to_vec();
+        defines.extend(self.race_checked.then_some(("EVERY_LANE_ARRIVES", 1)));
+        let path = cache_file(module, &defines, &arch, self.exact);
         if let Some(bytes) = path.as_ref().and_then(|p| std::fs::read(p).ok()) {
             return Ok(bytes);
         }
-        let (bytes, _) = compile(module, defines, &arch, self.exact)?;
+        let (bytes, _) = compile(module, &defines, &arch, self.exact)?;
         if let Some(path) = path {
             // The cache is a convenience: a folder that cannot be written costs a compilation.
             let temporary = path.with_extension(format!("{}", std::process::id()));

@@ -88,7 +88,8 @@ fn open_ranks(
                     page_size,
                     soft_cap: config.attention_soft_cap.is_some(),
                 });
-                Ok(Arc::new(CudaBackend::new(CudaOptions { device, precision, model })?))
+                let options = CudaOptions { model, ..CudaOptions::new(device, precision) };
+                Ok(Arc::new(CudaBackend::new(options)?))
             };
             open_cards(first, ranks, open, GroupOptions { timeout, transport })
         }

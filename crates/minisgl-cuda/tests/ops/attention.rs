@@ -7,7 +7,7 @@ use minisgl_cuda::{CudaBackend, CudaOptions, ModelShape};
 use minisgl_tensor::*;
 use rayon::prelude::*;
 
-use crate::{Rig, Rng, bytes_of, normed, numbers, rigs};
+use crate::{Rig, Rng, bytes_of, cases, normed, numbers, options, race_checked, rigs};
 
 #[derive(Clone, Copy)]
 struct Case<'a> {
@@ -50,51 +50,77 @@ impl Case<'_> {
     }
 }
 
+const fn h(q: usize, kv: usize, dim: usize) -> Heads {
+    Heads { q, kv, dim }
+}
+
+/// Pages of 16, normed, and nothing else.
+const PLAIN: Case<'_> = Case {
+    heads: h(0, 0, 0),
+    page_size: 16,
+    rows: &[],
+    window: None,
+    soft_cap: None,
+    norm: true,
+    shared: &[],
+};
+
 #[test]
-fn rope_and_attention() {
-    let h = |q, kv, dim| Heads { q, kv, dim };
-    let mixed: &[(usize, usize)] = &[(0, 1), (37, 1), (700, 1), (0, 77), (50, 33), (3, 2)];
-    for mut r in rigs("attention") {
-        for heads in [
-            h(4, 2, 64),
-            h(5, 1, 80),
-            h(6, 2, 96),
-            h(16, 8, 128),
-            h(40, 8, 128),
-            h(2, 1, 256),
-            h(8, 8, 64),
-            h(32, 2, 64),
-            h(32, 1, 64),
-        ] {
-            for (page_size, window, soft_cap, norm) in [
-                (1, None, None, true),
-                (16, None, None, true),
-                (16, None, None, false),
-                (16, Some(40), None, true),
-                (64, None, Some(2.0), true),
-                (8, Some(40), None, false),
-                (3, Some(7), None, true),
-            ] {
-                let case =
-                    Case { heads, page_size, rows: mixed, window, soft_cap, norm, shared: &[] };
+fn attention_of_mixed_rows() {
+    let rows: &[(usize, usize)] = &[(0, 1), (37, 1), (700, 1), (0, 77), (50, 33), (3, 2)];
+    let all = [
+        h(4, 2, 64),
+        h(5, 1, 80),
+        h(6, 2, 96),
+        h(16, 8, 128),
+        h(40, 8, 128),
+        h(2, 1, 256),
+        h(8, 8, 64),
+        h(32, 2, 64),
+        h(32, 1, 64),
+    ];
+    for mut r in rigs("mixed rows") {
+        for &heads in cases(&all, &[h(5, 1, 80), h(10, 2, 128), h(32, 2, 64)]) {
+            for &(page_size, window, soft_cap, norm) in cases(
+                &[
+                    (1, None, None, true),
+                    (16, None, None, true),
+                    (16, None, None, false),
+                    (16, Some(40), None, true),
+                    (64, None, Some(2.0), true),
+                    (8, Some(40), None, false),
+                    (3, Some(7), None, true),
+                ],
+                &[(16, None, None, true), (3, Some(7), None, true)],
+            ) {
+                let case = Case { heads, page_size, rows, window, soft_cap, norm, ..PLAIN };
                 attention_case(&mut r, &case);
             }
         }
-        // More tiles of queries than the card has multiprocessors, some behind a prefix.
-        let prompts: &[(usize, usize)] = &[(3, 1), (0, 700), (300, 600), (0, 5), (1000, 450)];
-        for heads in [h(16, 8, 128), h(14, 2, 64)] {
-            let (page_size, window, soft_cap, norm) = (16, None, None, true);
-            let case =
-                Case { heads, page_size, rows: prompts, window, soft_cap, norm, shared: &[] };
-            attention_case(&mut r, &case);
+    }
+}
+
+/// More tiles of queries than the card has multiprocessors, some behind a prefix.
+#[test]
+fn attention_of_long_prompts() {
+    let rows: &[(usize, usize)] = &[(3, 1), (0, 700), (300, 600), (0, 5), (1000, 450)];
+    for mut r in rigs("long prompts") {
+        for &heads in cases(&[h(16, 8, 128), h(14, 2, 64)], &[h(14, 2, 64)]) {
+            attention_case(&mut r, &Case { heads, rows, ..PLAIN });
         }
-        let many: &[(usize, usize)] = &[(1500, 1); 20];
-        let short: Vec<(usize, usize)> = (0..300).map(|i| (i % 41, 1)).collect();
-        for rows in [many, &short, &[(1000, 1)]] {
-            for heads in [h(4, 2, 128), h(10, 2, 128), h(24, 2, 64)] {
-                let (page_size, window, soft_cap, norm) = (16, None, None, true);
-                let case = Case { heads, page_size, rows, window, soft_cap, norm, shared: &[] };
-                attention_case(&mut r, &case);
+    }
+}
+
+#[test]
+fn attention_of_decodes() {
+    let many: &[(usize, usize)] = &[(1500, 1); 20];
+    let one: &[(usize, usize)] = &[(1000, 1)];
+    let short = |rows| (0..rows).map(|i| (i % 41, 1)).collect::<Vec<_>>();
+    let (short, few_short) = (short(300), short(60));
+    for mut r in rigs("decodes") {
+        for rows in cases(&[many, &short, one], &[&few_short, one]) {
+            for &heads in cases(&[h(4, 2, 128), h(10, 2, 128), h(24, 2, 64)], &[h(24, 2, 64)]) {
+                attention_case(&mut r, &Case { heads, rows, ..PLAIN });
             }
         }
     }
@@ -106,10 +132,11 @@ fn decodes_over_shared_prefixes() {
     if rigs("shared prefixes").is_empty() {
         return;
     }
-    let h = |q, kv, dim| Heads { q, kv, dim };
-    for heads in [h(16, 8, 128), h(10, 2, 128), h(8, 1, 64), h(3, 3, 64), h(8, 2, 256)] {
-        for page_size in [16, 64] {
+    let all = [h(16, 8, 128), h(10, 2, 128), h(8, 1, 64), h(3, 3, 64), h(8, 2, 256)];
+    for &heads in cases(&all, &[h(8, 1, 64)]) {
+        for &page_size in cases(&[16, 64], &[16]) {
             let kernels = "auto,cascade".parse().unwrap();
+            let native = options(Precision::Native);
             let model = Some(ModelShape {
                 kernels,
                 heads,
@@ -119,8 +146,7 @@ fn decodes_over_shared_prefixes() {
                 page_size,
                 soft_cap: false,
             });
-            let precision = Precision::Native;
-            let backend = match CudaBackend::new(CudaOptions { device: 0, precision, model }) {
+            let backend = match CudaBackend::new(CudaOptions { model, ..native }) {
                 Ok(backend) => backend,
                 // Cards that do not have the kernel.
                 Err(BackendError::Unsupported(why)) => {
@@ -154,6 +180,10 @@ fn shared_cases(r: &mut Rig, heads: Heads, page_size: usize) {
     let mut run = |rows, window, soft_cap, shared| {
         attention_case(r, &Case { heads, page_size, rows, window, soft_cap, norm: true, shared });
     };
+    if race_checked() {
+        run(&rows, None, None, &mixed);
+        return run(&few, None, None, &three);
+    }
     for soft_cap in [None, Some(2.0)] {
         // A window is another kernel's, whatever is shared.
         for window in [None, Some(40)] {

@@ -19,6 +19,21 @@ impl Rng {
     }
 }
 
+/// Whether a race checker watches: `scripts/gpu.py racecheck`. It slows kernels down so much that there are
+/// fewer and smaller cases then, and needs kernels that it can follow.
+fn race_checked() -> bool {
+    std::env::var_os("MINISGL_TEST_RACECHECK").is_some()
+}
+
+/// All cases, or the few that a race checker watches.
+fn cases<'a, T>(all: &'a [T], race_checked_ones: &'a [T]) -> &'a [T] {
+    if race_checked() { race_checked_ones } else { all }
+}
+
+fn options(precision: Precision) -> CudaOptions {
+    CudaOptions { race_checked: race_checked(), ..CudaOptions::new(0, precision) }
+}
+
 struct Rig {
     b: CudaBackend,
     rng: Rng,
@@ -32,11 +47,11 @@ fn rigs(test: &str) -> Vec<Rig> {
     let seed =
         std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_nanos()
             as u64;
-    [Precision::Native, Precision::Exact]
-        .into_iter()
-        .map(|precision| {
+    cases(&[Precision::Native, Precision::Exact], &[Precision::Native])
+        .iter()
+        .map(|&precision| {
             eprintln!("{test}: {precision:?}, seed {seed}");
-            Rig { b: CudaBackend::new(CudaOptions::new(0, precision)).unwrap(), rng: Rng(seed) }
+            Rig { b: CudaBackend::new(options(precision)).unwrap(), rng: Rng(seed) }
         })
         .collect()
 }
@@ -167,41 +182,73 @@ fn silu(x: f64) -> f64 {
     x / (1.0 + (-x).exp())
 }
 
+/// Rows of x, rows of w, and their length.
+type Product = (usize, usize, usize);
+
 #[test]
-fn linear_and_norms() {
-    for mut r in rigs("linear") {
-        for (m, n, k) in [
-            (1, 1024, 2048),
-            (3, 136, 576),
-            (8, 72, 1032),
-            (9, 520, 64),
-            (16, 96, 5120),
-            (17, 1024, 2048),
-            (33, 200, 328),
-            (64, 512, 1096),
-            (100, 144, 3072),
-            (128, 72, 40),
-            (130, 64, 256),
-            // Where few rows meet many columns, blocks walk several tiles.
-            (24, 9008, 72),
-            (31, 35344, 40),
-            (49, 4112, 200),
-            (57, 17936, 136),
-            (64, 1024, 3072),
-            // Long rows of weights, x in one block, in two and in four; ends of k of all kinds.
-            (1, 1000, 4104),
-            (1, 264, 17408),
-            (2, 1104, 8200),
-            (3, 520, 5120),
-            (4, 72, 17408),
-            (8, 264, 17408),
-            (8, 2160, 5120),
-            (13, 136, 6152),
-            (16, 72, 17408),
-        ] {
-            // Products that two kernels can take are taken by both.
-            let ways = [Products::Library, Products::Own];
-            for products in if m <= 64 { &ways[..] } else { &ways[..1] } {
+fn linear_of_few_rows() {
+    let all = [
+        (1, 1024, 2048),
+        (3, 136, 576),
+        (8, 72, 1032),
+        (9, 520, 64),
+        (13, 136, 6152),
+        (16, 96, 5120),
+        (16, 72, 17408),
+    ];
+    linear_cases("few rows", &all, &[(3, 136, 576), (11, 200, 2056)]);
+}
+
+#[test]
+fn linear_of_some_dozens_of_rows() {
+    let all = [
+        (17, 1024, 2048),
+        (33, 200, 328),
+        (64, 512, 1096),
+        // Where few rows meet many columns, blocks walk several tiles.
+        (24, 9008, 72),
+        (31, 35344, 40),
+        (49, 4112, 200),
+        (57, 17936, 136),
+        (64, 1024, 3072),
+    ];
+    linear_cases(
+        "dozens of rows",
+        &all,
+        &[(24, 144, 328), (33, 200, 328), (24, 9008, 72), (24, 6800, 1096)],
+    );
+}
+
+#[test]
+fn linear_of_many_rows() {
+    linear_cases("many rows", &[(100, 144, 3072), (128, 72, 40), (130, 64, 256)], &[]);
+}
+
+/// x in one block, in two and in four; ends of k of all kinds.
+#[test]
+fn linear_of_long_rows() {
+    let all = [
+        (1, 1000, 4104),
+        (1, 264, 17408),
+        (2, 1104, 8200),
+        (3, 520, 5120),
+        (4, 72, 17408),
+        (8, 264, 17408),
+        (8, 2160, 5120),
+    ];
+    linear_cases("long rows", &all, &[(2, 1072, 4104), (8, 72, 17408)]);
+}
+
+fn linear_cases(test: &str, all: &[Product], race_checked_ones: &[Product]) {
+    for mut r in rigs(test) {
+        for &(m, n, k) in cases(all, race_checked_ones) {
+            // Products that two kernels can take are taken by both; the library's are not ours to check.
+            let ways: &[_] = match m {
+                _ if race_checked() => &[Products::Own],
+                ..=64 => &[Products::Library, Products::Own],
+                _ => &[Products::Library],
+            };
+            for products in ways {
                 r.b.set_products(*products);
                 linear_case(&mut r, m, n, k);
             }
@@ -406,7 +453,7 @@ fn mixture_of_experts() {
 #[test]
 fn sampling() {
     for mut r in rigs("sampling") {
-        let (rows, vocab) = (600, 5003);
+        let (rows, vocab) = if race_checked() { (20, 2003) } else { (600, 5003) };
         let row: Vec<f64> = (0..vocab).map(|_| f64::from((r.rng.next() * 6.0) as f32)).collect();
         let logits = r
             .f32s(&row.iter().copied().cycle().take(rows * vocab).collect::<Vec<_>>())
