@@ -62,6 +62,7 @@ RACECHECKED = [
     ("ops", "linear_of_few_rows"),
     ("ops", "linear_of_some_dozens_of_rows"),
     ("ops", "linear_of_long_rows"),
+    ("ops", "linear_of_large_matrices"),
     ("ops", "attention_of_mixed_rows"),
     ("ops", "attention_of_long_prompts"),
     ("ops", "attention_of_decodes"),

@@ -1,11 +1,12 @@
 // What every kernel file starts with, followed by `ptx.cuh`. No header of the toolkit is included: NVRTC
 // alone compiles this. `T` is the type of activations: `bf16`, or `float` in the exact mode.
 //
-// Every kernel calls `let_next_start()` first (`wide.cu` when it asks for its last weights): its successor
-// may be launched as soon as all of its own blocks have (programmatic dependent launch). And every thread
-// calls `wait_for_previous()` before it touches anything that an earlier kernel writes or reads. Only loads of
-// weights stand before that call and, in a graph, those of lengths, pages and older tokens, which no kernel of
-// the graph writes. A kernel is done when its last thread is, so that this orders it behind all before it.
+// Every kernel calls `let_next_start()` first (`wide.cu` and `strip.cu` when they ask for their last weights):
+// its successor may be launched as soon as all of its own blocks have (programmatic dependent launch). And
+// every thread calls `wait_for_previous()` before it touches anything that an earlier kernel writes or reads.
+// Only loads of weights stand before that call and, in a graph, those of lengths, pages and older tokens, which
+// no kernel of the graph writes. A kernel is done when its last thread is, so that this orders it behind all
+// before it.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;

@@ -99,6 +99,13 @@ __device__ __forceinline__ void fetch_groups(u32 to, const TensorMap &map, u32 b
                  "[%0], [%1, {%3, %5, %5, %4}], [%2];"
                  :: "r"(to), "l"(&map), "r"(barrier), "r"(x), "r"(y), "r"(0) : "memory");
 }
+// The same of what is read once: L2 lets go of it first.
+__device__ __forceinline__ void fetch_groups_once(u32 to, const TensorMap &map, u32 barrier, int x, int y) {
+    asm volatile("{\n.reg .b64 policy;\ncreatepolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
+                 "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+                 "[%0], [%1, {%3, %5, %5, %4}], [%2], policy;\n}"
+                 :: "r"(to), "l"(&map), "r"(barrier), "r"(x), "r"(y), "r"(0) : "memory");
+}
 // The box of all parts of 64 columns, from row `y` on: a part behind the other. Read once: L2 lets go of it
 // before it does of weights and activations.
 __device__ __forceinline__ void fetch_parts(u32 to, const TensorMap &map, u32 barrier, int y) {
@@ -180,7 +187,8 @@ template <int N> __device__ __forceinline__ void pin(u32 (&d)[N]) {
 #define SUMS_32(d, i) SUMS_16(d, i), SUMS_16(d, i + 16)
 #define SUMS_64(d, i) SUMS_32(d, i), SUMS_32(d, i + 32)
 // The same registers' names in the instruction.
-#define NAMES_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define NAMES_8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define NAMES_16 NAMES_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define NAMES_32 NAMES_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define NAMES_64 NAMES_32 \
     ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
@@ -211,6 +219,7 @@ template <int N> struct Product;
         }                                                                                                   \
     };
 
+PRODUCT(16, 8, 8, 9, 10, 11, 12, 13, 14)
 PRODUCT(32, 16, 16, 17, 18, 19, 20, 21, 22)
 PRODUCT(64, 32, 32, 33, 34, 35, 36, 37, 38)
 PRODUCT(128, 64, 64, 65, 66, 67, 68, 69, 70)

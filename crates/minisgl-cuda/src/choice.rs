@@ -11,6 +11,7 @@ use crate::attention::{
 use crate::decode::stream_variant;
 use crate::half_layer::half_layer_variants;
 use crate::kernels::Key;
+use crate::strip::strip_variants;
 use crate::wide::wide_variants;
 
 /// The kernels of rows that extend by many tokens, and of those that extend by one. Written
@@ -204,7 +205,18 @@ impl ModelShape {
             if ranks == 1 {
                 all.extend(half_layer_variants(heads, hidden, inner, multiprocessors));
             }
-            all.extend(wide_variants(hidden, heads.q * heads.dim / ranks, inner / ranks));
+            let (attended, inner) = (heads.q * heads.dim / ranks, inner / ranks);
+            all.extend(wide_variants(hidden, attended, inner));
+            if card.has_warpgroups() {
+                let qkv = attended + 2 * heads.kv.div_ceil(ranks) * heads.dim;
+                let products = [
+                    (qkv, hidden, false),
+                    (hidden, attended, false),
+                    (2 * inner, hidden, true),
+                    (hidden, inner, false),
+                ];
+                all.extend(strip_variants(&products, multiprocessors));
+            }
         }
         all
     }
@@ -256,11 +268,14 @@ mod tests {
         let layers = |ranks: usize| names(ModelShape { ranks, ..whole }, H200)[3..].to_vec();
         assert!(layers(1)[0].starts_with("Attend") && layers(1)[1].starts_with("Mlp"));
         assert!(layers(2).is_empty());
-        // Qwen3-14B's rows are long: no layer in halves, but products of their own, also over two ranks.
+        // Qwen3-14B's rows are long: no layer in halves, but products of their own, also over two ranks, where
+        // qkv and o are too small for strips.
         let large = ModelShape { hidden: 5120, inner: 17408, ..model("auto", 40, 8, 128, 16) };
-        for ranks in [1, 2] {
+        for (ranks, strips) in [(1, 6), (2, 4)] {
             let products = names(ModelShape { ranks, ..large }, H200)[3..].to_vec();
-            assert!(!products.is_empty() && products.iter().all(|name| name.starts_with("Wide")));
+            let of = |kind: &str| products.iter().filter(|name| name.starts_with(kind)).count();
+            assert!(of("Wide") > 0 && of("Strip") == strips, "{products:?}");
+            assert_eq!(of("Wide") + of("Strip"), products.len());
         }
         let tiled = "Attention [(\"DIM\", 128), (\"DECODE\", 0)]";
         let split = "Attention [(\"DIM\", 128), (\"DECODE\", 1), (\"HALVES\", 1)]";

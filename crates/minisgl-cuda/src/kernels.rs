@@ -23,6 +23,7 @@ pub enum Module {
     Stream,
     Wide,
     Narrow,
+    Strip,
     Attention,
     Decode,
     Attend,
@@ -46,6 +47,9 @@ impl Module {
             }
             Module::Narrow => {
                 concat!(include_str!("../kernels/hopper.cuh"), include_str!("../kernels/narrow.cu"))
+            }
+            Module::Strip => {
+                concat!(include_str!("../kernels/hopper.cuh"), include_str!("../kernels/strip.cu"))
             }
             Module::Attention => include_str!("../kernels/attention.cu"),
             Module::Decode => {

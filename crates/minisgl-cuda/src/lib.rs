@@ -6,8 +6,8 @@
 //!
 //! Reading order: `device` (context, stream, memory, launches), `staging` (copies), `kernels`
 //! (compiling and caching), `gemm` and `tuning` (cuBLASLt), `weights`, and `backend` with its
-//! operations in `linear`, `wide`, `narrow`, `rope`, `attention`, `decode`, `half_layer`, `moe` and
-//! `sampling`;
+//! operations in `linear`, `wide`, `narrow`, `strip`, `rope`, `attention`, `decode`, `half_layer`,
+//! `moe` and `sampling`;
 //! `choice` is which attention kernels run, `clock` tells when. Several cards: `collective`, over
 //! `mailbox` (peer memory) and `nccl`; `group` is what ends them together. `fault` breaks things on
 //! purpose, `nvtx` names them for profilers.
@@ -33,6 +33,7 @@ mod nvtx;
 mod rope;
 mod sampling;
 mod staging;
+mod strip;
 mod tiles;
 mod tuning;
 mod weights;

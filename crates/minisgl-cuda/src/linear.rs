@@ -28,6 +28,9 @@ impl CudaBackend {
         if self.prefers_narrow(a, false, out) {
             return self.narrow(a, None, out);
         }
+        if self.prefers_strip(a, out) {
+            return self.strip(a, None, out);
+        }
         let x = self.normed(a)?;
         let mut add = a.store == Store::Add;
         if let Some(bias) = a.bias {
@@ -67,6 +70,9 @@ impl CudaBackend {
         if self.prefers_narrow(a, true, out) {
             return self.narrow(a, Some(activation), out);
         }
+        if self.prefers_strip(a, out) {
+            return self.strip(a, Some(activation), out);
+        }
         let both = self.scratch("gate_up", self.dtype(), &[rows, 2 * inner])?;
         self.linear_op(&Linear { store: Store::Set, ..*a }, &both)?;
         let count = rows * inner;
@@ -79,7 +85,7 @@ impl CudaBackend {
     }
 
     /// `x`, normed where there is a norm.
-    fn normed(&self, a: &Linear<'_>) -> Result<Tensor> {
+    pub(crate) fn normed(&self, a: &Linear<'_>) -> Result<Tensor> {
         let Some(norm) = a.norm else { return Ok(a.x.clone()) };
         let normed = self.scratch("normed", self.dtype(), a.x.shape())?;
         self.rms_norm(a.x, norm, &normed)?;

@@ -46,6 +46,23 @@ fn kernels_compile_without_spills() {
                 }
             }
         }
+        for (units, blocks, gated) in [
+            (17, 1, 1),
+            (18, 1, 1),
+            (18, 1, 0),
+            (7, 2, 0),
+            (18, 2, 1),
+            (5, 2, 0),
+            (11, 4, 0),
+            (15, 4, 0),
+            (18, 4, 0),
+        ] {
+            for rows in [32, 64].into_iter().filter(|_| arch == "sm_90a") {
+                let defines =
+                    [("X_ROWS", rows), ("UNITS", units), ("BLOCKS", blocks), ("GATED", gated)];
+                check(Module::Strip, &defines, arch, false, true);
+            }
+        }
         for (dim, group) in
             [(64, 1), (64, 7), (128, 2), (128, 5)].into_iter().filter(|_| arch == "sm_90a")
         {
@@ -117,6 +134,7 @@ fn kernels_compile_without_spills() {
         (Module::Narrow, &product[..2], &[("ROWS", 32), ("GROUPS", 1)]),
         (Module::Prefill, &[("DIM", 128)], &[("GROUP", 2), ("SOFT_CAP", 0)]),
         (Module::Stream, &product, &[("HALVES", 2), ("TILES", 2)]),
+        (Module::Strip, &product[..1], &[("X_ROWS", 32), ("UNITS", 5), ("BLOCKS", 2)]),
         (Module::Wide, &product, &[("STAGES", 10)]),
     ] {
         let defines = [defines, others, &[("EVERY_LANE_ARRIVES", 1)]].concat();
@@ -130,4 +148,7 @@ fn check(module: Module, defines: &[(&'static str, i32)], arch: &str, exact: boo
     for line in report.lines().filter(|line| hot && line.contains("spill")) {
         assert!(line.contains(" 0 bytes spill stores"), "{module:?} {defines:?} {arch}: {line}");
     }
+    // Which ptxas says where it has products of four warps wait for one another.
+    let serial = report.lines().find(|line| hot && line.contains("are serialized"));
+    assert!(serial.is_none(), "{module:?} {defines:?} {arch}: {serial:?}");
 }

@@ -12,7 +12,7 @@ use rayon::prelude::*;
 const SEEDS: [&str; 4] = ["1", "2", "3", "4"];
 
 /// Programs of `emulator`, and what the kernel is specialised by.
-const PROGRAMS: [(&str, &[(&str, i32)]); 15] = [
+const PROGRAMS: [(&str, &[(&str, i32)]); 22] = [
     ("attend", &[("DIM", 128), ("GROUP", 2), ("SECOND", 2), ("LATE", 32)]),
     ("attend", &[("DIM", 128), ("GROUP", 2), ("SECOND", 8), ("LATE", 19)]),
     ("attend", &[("DIM", 64), ("GROUP", 12), ("SECOND", 2), ("LATE", 0)]),
@@ -22,11 +22,21 @@ const PROGRAMS: [(&str, &[(&str, i32)]); 15] = [
     ("mlp", &[("CLUSTER", 8), ("FIRST", 3), ("HELD", 2), ("SECOND", 8)]),
     ("prefill", &[("DIM", 128), ("GROUP", 2), ("SOFT_CAP", 0)]),
     ("prefill", &[("DIM", 64), ("GROUP", 3), ("SOFT_CAP", 1)]),
+    ("strip", &[("X_ROWS", 32), ("UNITS", 9), ("BLOCKS", 1), ("GATED", 0)]),
+    ("strip", &[("X_ROWS", 32), ("UNITS", 3), ("BLOCKS", 2), ("GATED", 1)]),
+    ("strip", &[("X_ROWS", 64), ("UNITS", 7), ("BLOCKS", 2), ("GATED", 0)]),
+    ("strip", &[("X_ROWS", 64), ("UNITS", 5), ("BLOCKS", 4), ("GATED", 1)]),
+    ("strip", &[("X_ROWS", 64), ("UNITS", 5), ("BLOCKS", 1), ("GATED", 1)]),
+    ("strip", &[("X_ROWS", 64), ("UNITS", 4), ("BLOCKS", 4), ("GATED", 0)]),
     ("wide", &[("STAGES", 8), ("NORM", 0), ("GATED", 0), ("OUT_F32", 1)]),
     ("wide", &[("STAGES", 12), ("NORM", 1), ("GATED", 0), ("OUT_F32", 0)]),
     ("wide", &[("STAGES", 10), ("NORM", 1), ("GATED", 1), ("OUT_F32", 0)]),
     ("decode", &[("DIM", 64), ("GROUP", 4), ("CASCADE", 0), ("EVERY_LANE_ARRIVES", 1)]),
     ("prefill", &[("DIM", 64), ("GROUP", 2), ("SOFT_CAP", 0), ("EVERY_LANE_ARRIVES", 1)]),
+    (
+        "strip",
+        &[("X_ROWS", 64), ("UNITS", 5), ("BLOCKS", 2), ("GATED", 0), ("EVERY_LANE_ARRIVES", 1)],
+    ),
     (
         "wide",
         &[("STAGES", 8), ("NORM", 1), ("GATED", 0), ("OUT_F32", 0), ("EVERY_LANE_ARRIVES", 1)],

@@ -184,6 +184,7 @@ inline void fetch_groups(u32 to, const TensorMap &map, u32 barrier, int x, int y
         return row < half ? i / 8 % halves * half + row : -1;
     });
 }
+inline void fetch_groups_once(u32 to, const TensorMap &map, u32 barrier, int x, int y) { fetch_groups(to, map, barrier, x, y); }
 inline void fetch_parts(u32 to, const TensorMap &map, u32 barrier, int y) {
     check_aligned("to", to, 1024);
     land_later(barrier, 16 * map.columns * 2, [=] {

@@ -239,6 +239,14 @@ fn linear_of_long_rows() {
     linear_cases("long rows", &all, &[(2, 1072, 4104), (8, 72, 17408)]);
 }
 
+/// Strips of one block, of two and of four, the last one cut.
+#[test]
+fn linear_of_large_matrices() {
+    let all =
+        [(17, 5136, 5128), (32, 8368, 5128), (48, 7184, 5128), (64, 5168, 5160), (64, 25456, 5128)];
+    linear_cases("large matrices", &all, &[(17, 5136, 5128)]);
+}
+
 fn linear_cases(test: &str, all: &[Product], race_checked_ones: &[Product]) {
     for mut r in rigs(test) {
         for &(m, n, k) in cases(all, race_checked_ones) {

@@ -1,0 +1,242 @@
+//! Matrix products of dozens of rows with large matrices of long rows, on Hopper: `kernels/strip.cu`.
+
+use minisgl_tensor::{Activation, DType, Linear, Result, Store, Tensor};
+
+use crate::backend::{CudaBackend, Products};
+use crate::device::{Launch, address_of};
+use crate::kernels::{Key, Module};
+use crate::linear::GEMV_ROWS_MAX;
+use crate::tiles::Matrix;
+use crate::weights::tensor;
+
+/// Rows of x that the kernel is compiled for. With 128, x has as many bytes as a strip of w, and cuBLASLt was faster.
+const ROWS: [usize; 2] = [32, 64];
+/// The smallest matrices and the shortest rows that were measured, Qwen3-14B's: where others should go is not
+/// known.
+const ELEMENTS_MIN: usize = 24 << 20;
+const ROW_MIN: usize = 5120;
+/// As in the kernel: rows of w in a unit, elements of k in a step, threads that multiply, and the most
+/// stages.
+const UNIT: usize = 16;
+const STEP: usize = 64;
+const THREADS: usize = 256;
+const STAGES_MAX: usize = 16;
+/// So many units of a strip that a thread's registers hold their sums.
+const UNITS_MAX: usize = 18;
+/// Blocks of a cluster, which divide k, in the order in which they are tried.
+const BLOCKS: [usize; 3] = [1, 2, 4];
+/// Shared memory of a block, which has a multiprocessor for itself, without the kernel's barriers.
+const SHARED_BYTES: usize = 226 << 10;
+/// Bytes of w on their way to a block. A step of 64 rows of Qwen3-14B took 9.27 ms with so many, 9.34 with
+/// 100 KiB, 9.29 with 140 and 9.46 with as many as there is room for (h200-operations.md).
+const W_BYTES_AHEAD: usize = 120 << 10;
+
+/// As `Args` in the kernel.
+#[repr(C)]
+struct Args {
+    bias: u64,
+    out: u64,
+    rows: i32,
+    n: i32,
+    k: i32,
+    stages: i32,
+    add: i32,
+    gelu: i32,
+}
+
+/// How a product is divided: each cluster has a strip.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Division {
+    /// Rows of x that the kernel is compiled for.
+    rows: usize,
+    /// Of a strip.
+    units: usize,
+    /// Blocks a cluster, which divide k.
+    blocks: usize,
+    clusters: usize,
+    stages: usize,
+    /// Bytes.
+    shared: usize,
+}
+
+impl Division {
+    /// `None` where `strip.cu` does not take such a product, or is not known to be faster than cuBLASLt.
+    fn new(x_rows: usize, w_rows: usize, k: usize, multiprocessors: usize) -> Option<Self> {
+        if x_rows <= GEMV_ROWS_MAX || k < ROW_MIN || w_rows * k < ELEMENTS_MIN {
+            return None;
+        }
+        let rows = ROWS.into_iter().find(|rows| x_rows <= *rows)?;
+        let all = BLOCKS.map(|blocks| Self::by_clusters(blocks, rows, w_rows, multiprocessors));
+        // A multiprocessor takes in x beside w: strips shall be half as high again as x, or as high as they can.
+        let is_high = |d: &&Self| d.units * UNIT * 2 > d.rows * 3;
+        all.iter().flatten().find(is_high).or(all.iter().flatten().last()).copied()
+    }
+
+    /// Of so many blocks; `None` where a strip's sums fit no registers, or an eighth of the multiprocessors would
+    /// have nothing to read.
+    fn by_clusters(
+        blocks: usize,
+        rows: usize,
+        w_rows: usize,
+        multiprocessors: usize,
+    ) -> Option<Self> {
+        // Clusters of more than two do not fill an H200: its multiprocessors come in lots of 16 or 18.
+        let most = if blocks > 2 { multiprocessors * 10 / 11 } else { multiprocessors } / blocks;
+        let all = w_rows.div_ceil(UNIT);
+        // Two warpgroups have at least one each.
+        let units = all.div_ceil(most.max(1)).max(2);
+        let clusters = all.div_ceil(units);
+        if units > UNITS_MAX || clusters * blocks * 8 < multiprocessors * 7 {
+            return None;
+        }
+        let (w_bytes, x_bytes) = (units * UNIT * STEP * 2, rows * STEP * 2);
+        let fitting = (SHARED_BYTES - 1024) / (w_bytes + x_bytes);
+        let stages = (W_BYTES_AHEAD / w_bytes).min(fitting).min(STAGES_MAX);
+        let share = units.div_ceil(2).div_ceil(blocks);
+        let sums = if blocks > 1 { blocks * share * 2 * THREADS * 16 } else { 0 };
+        let shared = 1024 + (stages * (w_bytes + x_bytes)).max(sums);
+        Some(Self { rows, units, blocks, clusters, stages, shared })
+    }
+}
+
+impl CudaBackend {
+    /// The head's products, which are into f32, were not faster than cuBLASLt's.
+    pub(crate) fn prefers_strip(&self, a: &Linear<'_>, out: &Tensor) -> bool {
+        let (weight, rows) = (tensor(a.weight), a.x.dim(0));
+        let (w_rows, k) = (weight.elements() / weight.row_len(), weight.row_len());
+        self.card().has_warpgroups()
+            && self.products() == Products::Own
+            && k.is_multiple_of(8)
+            && out.row_len().is_multiple_of(8)
+            && out.dtype() == DType::BF16
+            && Division::new(rows, w_rows, k, self.device.multiprocessors).is_some()
+    }
+
+    /// As `Backend::linear` and `gated_linear`.
+    pub(crate) fn strip(
+        &self,
+        a: &Linear<'_>,
+        gated: Option<Activation>,
+        out: &Tensor,
+    ) -> Result<()> {
+        let (rows, k, n) = (a.x.dim(0), a.x.row_len(), out.row_len());
+        let halves = if gated.is_some() { 2 } else { 1 };
+        let Some(d) = Division::new(rows, n * halves, k, self.device.multiprocessors) else {
+            unreachable!("asked for what `prefers_strip` refuses");
+        };
+        let normed = self.normed(a)?;
+        let (address, lower) = (tensor(a.weight).address(), d.units / 2);
+        let part = |units: usize| {
+            Matrix { address, rows: n * halves, cols: k, box_rows: units * UNIT }.map_groups(halves)
+        };
+        let (upper, lower) = (part(d.units - lower)?, part(lower)?);
+        let x = Matrix { address: normed.address(), rows, cols: k, box_rows: d.rows }.map()?;
+        let args = Args {
+            bias: a.bias.map_or(0, |b| tensor(b).address()),
+            out: out.address(),
+            rows: rows as i32,
+            n: n as i32,
+            k: k as i32,
+            stages: d.stages as i32,
+            add: i32::from(a.store == Store::Add),
+            gelu: i32::from(gated == Some(Activation::GeluTanh)),
+        };
+        let function = self.kernels.get(Module::Strip, &variant(&d, gated.is_some()), "strip")?;
+        let shape = Launch {
+            grid: [d.clusters * d.blocks, 1, 1],
+            threads: THREADS + 32,
+            shared: d.shared,
+            cluster: d.blocks,
+        };
+        let mut words = [address_of(&upper), address_of(&lower), address_of(&x), address_of(&args)];
+        // SAFETY: the kernel's parameters in order; the maps cover `w` and `x`, `out` has a row of n
+        // for each row of x.
+        unsafe { self.device.launch_raw(function, shape, &mut words) }
+    }
+}
+
+fn variant(d: &Division, gated: bool) -> Vec<(&'static str, i32)> {
+    vec![
+        ("X_ROWS", d.rows as i32),
+        ("UNITS", d.units as i32),
+        ("BLOCKS", d.blocks as i32),
+        ("GATED", i32::from(gated)),
+    ]
+}
+
+/// What a decoder's products ask for, each of a matrix of so many rows of so many elements, gated or not.
+pub(crate) fn strip_variants(
+    products: &[(usize, usize, bool)],
+    multiprocessors: usize,
+) -> Vec<Key> {
+    let mut all = Vec::new();
+    for (w_rows, k, gated) in products {
+        for rows in ROWS {
+            let Some(d) = Division::new(rows, *w_rows, *k, multiprocessors) else { continue };
+            let key = (Module::Strip, variant(&d, *gated));
+            if !all.contains(&key) {
+                all.push(key);
+            }
+        }
+    }
+    all
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MULTIPROCESSORS: usize = 132;
+
+    #[test]
+    fn all_units_and_all_memory_are_there() {
+        for x_rows in [17, 32, 33, 64] {
+            for (w_rows, k) in
+                [(7168, 5120), (34816, 5120), (5120, 17408), (28672, 8192), (5128, 8200)]
+            {
+                let d = Division::new(x_rows, w_rows, k, MULTIPROCESSORS).unwrap();
+                let what = format!("{x_rows} × {w_rows} × {k}: {d:?}");
+                assert!(d.rows >= x_rows && (2..=UNITS_MAX).contains(&d.units), "{what}");
+                assert!(d.stages >= 3 && d.shared <= SHARED_BYTES, "{what}");
+                assert!((116..=MULTIPROCESSORS).contains(&(d.blocks * d.clusters)), "{what}");
+                assert_eq!(d.clusters, w_rows.div_ceil(d.units * UNIT), "{what}");
+            }
+        }
+    }
+
+    #[test]
+    fn strips_are_as_high_as_they_must_be() {
+        let of = |x_rows, w_rows, k| {
+            let d = Division::new(x_rows, w_rows, k, MULTIPROCESSORS)?;
+            Some((d.units, d.blocks, d.clusters))
+        };
+        // Qwen3-14B's gate and up, qkv, down.
+        assert_eq!(of(64, 34816, 5120), Some((17, 1, 128)));
+        assert_eq!(of(64, 7168, 5120), Some((7, 2, 64)));
+        assert_eq!(of(64, 5120, 17408), Some((11, 4, 30)));
+        assert_eq!(of(32, 5120, 17408), Some((5, 2, 64)));
+        // Single blocks of four units would leave 20 multiprocessors with nothing.
+        assert_eq!(of(32, 7168, 5120), Some((7, 2, 64)));
+        // Llama 3 70B's gate and up, and down, over two cards and over four.
+        assert_eq!(of(64, 28672, 8192), Some((14, 1, 128)));
+        assert_eq!(of(64, 8192, 14336), Some((8, 2, 64)));
+        assert_eq!(of(64, 14336, 8192), Some((7, 1, 128)));
+        assert_eq!(of(64, 8192, 7168), Some((8, 2, 64)));
+    }
+
+    #[test]
+    fn other_products_are_left_to_other_kernels() {
+        for (x_rows, w_rows, k) in [
+            (16, 34816, 5120),
+            (65, 34816, 5120),
+            // Qwen3-8B's gate and up; qkv of Qwen3-14B over two cards.
+            (64, 24576, 4096),
+            (64, 3584, 5120),
+            // So few rows that strips would be few, and so many that they would be too high.
+            (64, 1024, 32768),
+            (64, 51200, 5120),
+        ] {
+            assert_eq!(Division::new(x_rows, w_rows, k, MULTIPROCESSORS), None);
+        }
+    }
+}
