@@ -76,6 +76,13 @@ __device__ __forceinline__ void fetch_bytes(u32 to, const void *from, u32 bytes,
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
                  :: "r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
 }
+// The same of what is read once: L2 lets go of it first.
+__device__ __forceinline__ void fetch_bytes_once(u32 to, const void *from, u32 bytes, u32 barrier) {
+    asm volatile("{\n.reg .b64 policy;\ncreatepolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
+                 "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+                 "[%0], [%1], %2, [%3], policy;\n}"
+                 :: "r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
+}
 // A line of 128 bytes into the L1 cache.
 __device__ __forceinline__ void prefetch_near(const void *from) {
     asm volatile("prefetch.global.L1 [%0];" :: "l"(from) : "memory");
@@ -93,14 +100,8 @@ __device__ __forceinline__ void fetch_box(u32 to, const TensorMap &map, u32 barr
                  "[%0], [%1, {%3, %4}], [%2];"
                  :: "r"(to), "l"(&map), "r"(barrier), "r"(x), "r"(y) : "memory");
 }
-// The box at column `x`, row `y` of groups of rows; see `Matrix::map_groups`.
+// The box at column `x`, row `y` of groups of rows; see `Matrix::map_groups`. Read once: L2 lets go of it first.
 __device__ __forceinline__ void fetch_groups(u32 to, const TensorMap &map, u32 barrier, int x, int y) {
-    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
-                 "[%0], [%1, {%3, %5, %5, %4}], [%2];"
-                 :: "r"(to), "l"(&map), "r"(barrier), "r"(x), "r"(y), "r"(0) : "memory");
-}
-// The same of what is read once: L2 lets go of it first.
-__device__ __forceinline__ void fetch_groups_once(u32 to, const TensorMap &map, u32 barrier, int x, int y) {
     asm volatile("{\n.reg .b64 policy;\ncreatepolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
                  "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
                  "[%0], [%1, {%3, %5, %5, %4}], [%2], policy;\n}"

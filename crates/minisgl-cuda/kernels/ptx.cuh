@@ -66,6 +66,12 @@ __device__ __forceinline__ void copy_16(u32 to, const void *from, bool there = t
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
                  :: "r"(to), "l"(from), "r"(there ? 16 : 0) : "memory");
 }
+// The same of what is read once: L2 lets go of it first.
+__device__ __forceinline__ void copy_16_once(u32 to, const void *from, bool there) {
+    asm volatile("{\n.reg .b64 policy;\ncreatepolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
+                 "cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, policy;\n}"
+                 :: "r"(to), "l"(from), "r"(there ? 16 : 0) : "memory");
+}
 // Ends a group of a thread's copies, maybe of none.
 __device__ __forceinline__ void end_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits until at most `PENDING` of the thread's groups are under way: the last ones.

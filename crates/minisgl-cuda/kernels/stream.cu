@@ -55,7 +55,7 @@ __device__ __forceinline__ void fetch(const Args &a, int tiles, Ring ring) {
             if (lane == 0) barrier_expect(ring.full + 8 * ring.stage, bytes * TILES * 8);
             __syncwarp();
             if (lane < TILES * 8)
-                fetch_bytes(ring.memory + ring.stage * STAGE_BYTES + lane * ROW_BYTES, row + k, bytes, ring.full + 8 * ring.stage);
+                fetch_bytes_once(ring.memory + ring.stage * STAGE_BYTES + lane * ROW_BYTES, row + k, bytes, ring.full + 8 * ring.stage);
         }
     }
 }

@@ -69,8 +69,8 @@ __device__ __forceinline__ void fetch(const Args &a, const TensorMap &upper, con
         u32 barrier = s.full + 8 * stage, to = s.w + stage * W_BYTES;
         int k = (p.first + step) * STEP, unit = p.strip * UNITS;
         barrier_expect(barrier, W_BYTES + X_BYTES);
-        fetch_groups_once(to, upper, barrier, k, unit * (COLUMNS / 8));
-        fetch_groups_once(to + UPPER * UNIT_BYTES, lower, barrier, k, (unit + UPPER) * (COLUMNS / 8));
+        fetch_groups(to, upper, barrier, k, unit * (COLUMNS / 8));
+        fetch_groups(to + UPPER * UNIT_BYTES, lower, barrier, k, (unit + UPPER) * (COLUMNS / 8));
     };
     auto fetch_x = [&](u32 stage, int step) {
         fetch_box(s.x + stage * X_BYTES, x, s.full + 8 * stage, (p.first + step) * STEP, 0);

@@ -106,7 +106,7 @@ struct Ahead {
         if (tile < p.tiles) {
 #pragma unroll
             for (int i = 0; i < 2; i++)
-                copy_16(to + stage * STAGE_BYTES + i * 4 * UNIT_BYTES, from[i] + unit * UNIT, unit * UNIT < left);
+                copy_16_once(to + stage * STAGE_BYTES + i * 4 * UNIT_BYTES, from[i] + unit * UNIT, unit * UNIT < left);
             unit += WARPS;
             if (unit >= p.units) {
                 unit = threadIdx.x / 32;

@@ -62,6 +62,7 @@ inline void copy_16(u32 to, const void *from, bool there = true) {
         else memset(bytes_at(to), 0, 16);
     });
 }
+inline void copy_16_once(u32 to, const void *from, bool there) { copy_16(to, from, there); }
 inline void end_copies() { machine::end_copy_group(); }
 template <int PENDING> void wait_for_copies() { machine::wait_for_copy_groups(PENDING); }
 
@@ -152,6 +153,7 @@ inline void fetch_bytes(u32 to, const void *from, u32 bytes, u32 barrier) {
     check_aligned("to", to, 16), check_aligned("from", uintptr_t(from), 16), check_aligned("bytes", bytes, 16);
     land_later(barrier, int(bytes), [=] { memcpy(bytes_at(to), from, bytes); });
 }
+inline void fetch_bytes_once(u32 to, const void *from, u32 bytes, u32 barrier) { fetch_bytes(to, from, bytes, barrier); }
 
 // Where an address lies in the 128-byte swizzle.
 inline u32 swizzled(u32 place) { return place ^ (place >> 7 & 7) << 4; }
@@ -184,7 +186,6 @@ inline void fetch_groups(u32 to, const TensorMap &map, u32 barrier, int x, int y
         return row < half ? i / 8 % halves * half + row : -1;
     });
 }
-inline void fetch_groups_once(u32 to, const TensorMap &map, u32 barrier, int x, int y) { fetch_groups(to, map, barrier, x, y); }
 inline void fetch_parts(u32 to, const TensorMap &map, u32 barrier, int y) {
     check_aligned("to", to, 1024);
     land_later(barrier, 16 * map.columns * 2, [=] {
