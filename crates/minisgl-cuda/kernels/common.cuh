@@ -13,9 +13,10 @@ typedef unsigned long long u64;
 struct __align__(2) bf16 { unsigned short bits; };
 
 // For a race checker: every lane of a warp arrives at a barrier, where otherwise one does for all, behind a
-// `__syncwarp`. Racecheck takes for ordered only what was done by threads that arrive themselves.
-#ifndef EVERY_LANE_ARRIVES
-#define EVERY_LANE_ARRIVES 0
+// `__syncwarp`. Racecheck takes for ordered only what was done by threads that arrive themselves. And threads
+// meet where several of them have written the same.
+#ifndef RACE_CHECKED
+#define RACE_CHECKED 0
 #endif
 
 #if EXACT

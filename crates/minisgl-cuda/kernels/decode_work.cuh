@@ -166,7 +166,8 @@ __device__ __forceinline__ Work divide(const Args &a, int *before, int *lens, in
         total += __shfl_sync(~0u, sum, 31);
     }
     if (lane == 0) before[ENTRIES] = total;
-    __syncwarp();
+    if (RACE_CHECKED) __syncthreads();
+    else __syncwarp();
     // So few blocks that each warp of theirs has a tile.
     int all = total * a.kv_heads, share = max(WARPS, (all + int(gridDim.x) - 1) / int(gridDim.x));
     int from = min(all, int(blockIdx.x) * share), to = min(all, from + share);

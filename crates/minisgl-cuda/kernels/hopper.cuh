@@ -20,11 +20,11 @@ __device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
 __device__ __forceinline__ void barrier_arrive(u32 barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(barrier) : "memory");
 }
-// A barrier's count for the arrivals of so many warps; see EVERY_LANE_ARRIVES.
-#define ARRIVALS(warps) ((EVERY_LANE_ARRIVES ? 32 : 1) * (warps))
+// A barrier's count for the arrivals of so many warps; see RACE_CHECKED.
+#define ARRIVALS(warps) ((RACE_CHECKED ? 32 : 1) * (warps))
 // A warp's arrival, whose lanes are together anyway: behind a wait for products, say.
 __device__ __forceinline__ void lanes_arrive(u32 barrier) {
-    if (EVERY_LANE_ARRIVES || (threadIdx.x & 31) == 0) barrier_arrive(barrier);
+    if (RACE_CHECKED || (threadIdx.x & 31) == 0) barrier_arrive(barrier);
 }
 // A warp's arrival, behind what each of its lanes did.
 __device__ __forceinline__ void warp_arrives(u32 barrier) {

@@ -153,7 +153,7 @@ impl Kernels {
         let suffix = if major >= 9 { "a" } else { "" };
         let arch = format!("sm_{major}{minor}{suffix}");
         let mut defines = defines.to_vec();
-        defines.extend(self.race_checked.then_some(("EVERY_LANE_ARRIVES", 1)));
+        defines.extend(self.race_checked.then_some(("RACE_CHECKED", 1)));
         let path = cache_file(module, &defines, &arch, self.exact);
         if let Some(bytes) = path.as_ref().and_then(|p| std::fs::read(p).ok()) {
             return Ok(bytes);

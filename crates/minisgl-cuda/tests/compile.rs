@@ -137,7 +137,7 @@ fn kernels_compile_without_spills() {
         (Module::Strip, &product[..1], &[("X_ROWS", 32), ("UNITS", 5), ("BLOCKS", 2)]),
         (Module::Wide, &product, &[("STAGES", 10)]),
     ] {
-        let defines = [defines, others, &[("EVERY_LANE_ARRIVES", 1)]].concat();
+        let defines = [defines, others, &[("RACE_CHECKED", 1)]].concat();
         check(module, &defines, "sm_90a", false, false);
     }
 }

@@ -31,10 +31,10 @@ const PROGRAMS: [(&str, &[(&str, i32)]); 22] = [
     ("wide", &[("STAGES", 8), ("NORM", 0), ("GATED", 0), ("OUT_F32", 1)]),
     ("wide", &[("STAGES", 12), ("NORM", 1), ("GATED", 0), ("OUT_F32", 0)]),
     ("wide", &[("STAGES", 10), ("NORM", 1), ("GATED", 1), ("OUT_F32", 0)]),
-    ("decode", &[("DIM", 64), ("GROUP", 4), ("CASCADE", 0), ("EVERY_LANE_ARRIVES", 1)]),
-    ("prefill", &[("DIM", 64), ("GROUP", 2), ("SOFT_CAP", 0), ("EVERY_LANE_ARRIVES", 1)]),
-    ("strip", &[("X_ROWS", 64), ("UNITS", 5), ("BLOCKS", 2), ("GATED", 0), ("EVERY_LANE_ARRIVES", 1)]),
-    ("wide", &[("STAGES", 8), ("NORM", 1), ("GATED", 0), ("OUT_F32", 0), ("EVERY_LANE_ARRIVES", 1)]),
+    ("decode", &[("DIM", 64), ("GROUP", 4), ("CASCADE", 0), ("RACE_CHECKED", 1)]),
+    ("prefill", &[("DIM", 64), ("GROUP", 2), ("SOFT_CAP", 0), ("RACE_CHECKED", 1)]),
+    ("strip", &[("X_ROWS", 64), ("UNITS", 5), ("BLOCKS", 2), ("GATED", 0), ("RACE_CHECKED", 1)]),
+    ("wide", &[("STAGES", 8), ("NORM", 1), ("GATED", 0), ("OUT_F32", 0), ("RACE_CHECKED", 1)]),
 ];
 
 /// Panics with what it printed if it fails.

@@ -90,9 +90,9 @@ inline void barrier_init(u32 barrier, u32 arrivals) { barrier_at(barrier) = {sho
 inline void publish_barriers() {}
 inline void barrier_expect(u32 barrier, u32 bytes) { barrier_at(barrier).advance(1, int(bytes)); }
 inline void barrier_arrive(u32 barrier) { barrier_at(barrier).advance(1, 0); }
-#define ARRIVALS(warps) ((EVERY_LANE_ARRIVES ? 32 : 1) * (warps))
+#define ARRIVALS(warps) ((RACE_CHECKED ? 32 : 1) * (warps))
 inline void lanes_arrive(u32 barrier) {
-    if (EVERY_LANE_ARRIVES || current->lane == 0) barrier_arrive(barrier);
+    if (RACE_CHECKED || current->lane == 0) barrier_arrive(barrier);
 }
 inline void warp_arrives(u32 barrier) {
     __syncwarp();
