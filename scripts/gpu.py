@@ -20,7 +20,7 @@
   tp-offline   the offline benchmark of the same
   tp-kill      a server whose rank 1 is stopped while clients read
 
-`test`, `model`, `bench` and `tp` stand for the parts of each kind. Weights are made up. A table goes to
+`test`, `model`, `bench` and `tp` stand for the parts of each kind. Weights are made up, but smollm2's. A table goes to
 standard output; OUT/gpu.json has the figures, added to those of earlier runs, OUT/gpu.log all that
 the commands wrote. Ends with 1 if a part failed.
 """
@@ -234,10 +234,10 @@ class Bench:
         """The tests of a real model, with the model in the program's own cache."""
         env = {"MINISGL_TEST_DEVICE": self.args.device}
         if self.args.smollm2:
-            models = pathlib.Path(self.temporary.name) / "minisgl" / "models"
+            models = pathlib.Path(self.temporary.name) / "models"
             models.mkdir(parents=True, exist_ok=True)
             shutil.copy(self.args.smollm2, models / "SmolLM2-135M-Instruct.Q4_1.gguf")
-            env["XDG_CACHE_HOME"] = self.temporary.name
+            env["MINISGL_CACHE"] = self.temporary.name
         self.cargo_tests("smollm2", ["real_model"], env=env)
 
     def memcheck(self):
@@ -249,6 +249,8 @@ class Bench:
         flags = ["--kernel-name", "regex=^[a-z0-9_]+$", "--num-cuda-barriers", "64"]
         wanted = self.args.cases
         tests = [test for test in RACECHECKED if not wanted or test[1] in wanted]
+        if not tests:
+            raise Failed(f"no such test: {', '.join(wanted)}")
         self.sanitize("racecheck", tests, 100, *flags, env={"MINISGL_TEST_RACECHECK": "1"})
 
     def sanitize(self, tool, tests, limit, *flags, env=None):
@@ -271,6 +273,10 @@ class Bench:
             seconds = round(time.time() - started, 1)
             races = re.findall(r"[Rr]ace reported between \w+ access at (\w+)", self.written)
             found_in = {kernel: races.count(kernel) for kernel in races}
+            if not why and not re.search(r"[1-9]\d* passed", self.written):
+                why = "no test ran"
+            elif not why and found_in:
+                why = "races"
             figures[what] = {"failed": why, "races": found_in, "seconds": seconds}
             self.row(f"  {what:<40} {why or 'clean'}  {found_in or ''}  {seconds:>6.1f} s")
         self.keep(tool, figures)

@@ -31,6 +31,43 @@ struct Args {
     Scores scores;
 };
 
+// Sends for rows of `bytes` bytes each.
+template <typename Row>
+__device__ __forceinline__ void prefetch_rows(int count, int bytes, Row row) {
+    int lines = (bytes + 127) / 128;
+    for (int i = threadIdx.x; i < count * lines; i += THREADS) prefetch_line((const char *)row(i / lines) + i % lines * 128);
+}
+// sums[warp][row][m] = a warp's share of Σ_k w[m][k] · x[row][k]: every eighth 32 of k. `have_read` runs between
+// the last read and the first write of sums.
+template <int TILES, typename HaveRead>
+__device__ __forceinline__ void multiply(const unsigned char *w, const unsigned char *x, int k, float *sums, HaveRead have_read) {
+    int warp = threadIdx.x / 32, lane = threadIdx.x & 31, g = lane / 4, t = lane & 3;
+    float acc[TILES][4] = {};
+    for (int chunk = warp; chunk < k / 32; chunk += WARPS) {
+        int at = chunk * 64 + t * 16;
+        uint4 v = *(const uint4 *)(x + g * STRIDE(k) + at), low[TILES], high[TILES];
+#pragma unroll
+        for (int j = 0; j < TILES; j++) {
+            low[j] = *(const uint4 *)(w + (j * 16 + g) * STRIDE(k) + at);
+            high[j] = *(const uint4 *)(w + (j * 16 + g + 8) * STRIDE(k) + at);
+        }
+#pragma unroll
+        for (int j = 0; j < TILES; j++) multiply_32(acc[j], low[j], high[j], v);
+    }
+    have_read();
+    put_sums(acc, sums);
+    named_barrier(1, THREADS);
+}
+// The second product: this block's columns of the cluster's part of what is added to the residual stream.
+template <int TILES>
+__device__ __forceinline__ void add_later(const Block &b, const Residual &r, const unsigned char *w, const unsigned char *x, int k, float *sums, float *part) {
+    multiply<TILES>(w, x, k, sums, [] {});
+    for (int i = threadIdx.x; i < r.rows * TILES * 4; i += THREADS) {
+        int row = i / (TILES * 4), m = i % (TILES * 4) * 4;
+        *(float4 *)(part + ((long long)b.cluster * r.rows + row) * r.hidden + b.rank * TILES * 16 + m) = total<TILES>(sums, row, m);
+    }
+}
+
 // Which row of the first matrix makes a KV head's `column` of its group's q, its k and its v.
 __device__ __forceinline__ int row_of(const Args &a, int kv_head, int column) {
     int head = column / DIM, q_heads = a.kv_heads * GROUP;

@@ -8,9 +8,9 @@
 //     earlier tokens' K and V are older than this step, and the new token's are put into the tile in
 //     shared memory;
 //   - WARPS take the tiles in turn, and leave a unit's sums behind when they have done theirs of it;
-//   - one merges these sums, and where a unit is spread over blocks and this one is the last to arrive,
-//     the blocks'. Units that are spread over blocks come first, so that no block ends with them.
-//     A block's last unit is merged by those that summed it, all at once.
+//   - one merges these sums, and of each head of a unit that is spread over blocks, the last block to arrive
+//     merges the blocks'. Units that are spread over blocks come first, so that no block ends with them. A
+//     block's last unit is merged by those that summed it, all at once.
 // CASCADE: rows that begin with the same pages are dealt into lots of as many as have 16 query heads
 // together, and a lot's shared tokens are units of their own, which read K and V once for all of its rows. A
 // row's result has two halves then, of its own tokens and of the shared ones; the unit that is done last merges
@@ -281,8 +281,8 @@ __device__ __forceinline__ Segment sum_all(const Args &a, const Work &work, cons
                 warp_arrives(ring.free + 8 * ring.stage);
                 next += WARPS, ring.skip(WARPS);
             }
-            // While the stage is filled again. All warps have this unit's q by now: they need the one before
-            // no more.
+            // While the stage is filled again. All warps have made their heads of this unit's q by now, and
+            // so have read the one before, whose place this is.
             if (!prepared) prepare(work.at(s.end()), turn + 1), prepared = true;
         } while (next < s.end());
         // A warp without tiles leaves nothing, and need not wait for the merge of the last unit's sums.

@@ -24,7 +24,8 @@ struct Args {
     bf16 *qkv; bf16 *k_pages; bf16 *v_pages; bf16 *out;
     const int *slots; const int *kv_len; const int *page_table; const int *store_at;
     const float *rope; const float *q_norm; const float *k_norm;
-    float *partial; int *arrived;
+    float *partial;
+    int *arrived;          // [entries, kv_heads, 16]: parts of a head that are there
     int rows, pages_a_row, page_shift, q_heads, kv_heads, stages, window, early;
     float q_eps, q_shift, k_eps, k_shift, scale, soft_cap;
 #if CASCADE

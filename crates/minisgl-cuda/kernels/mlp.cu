@@ -1,7 +1,7 @@
 // A gated MLP of up to 8 rows in one kernel; see `half_layer.cuh`.
 //
 // So few clusters that they find room beside the attention half's: each half's weights come while the other
-// runs. A block's do not fit into shared memory, and registers hold the rest: of the first matrix HELD tiles,
+// runs. A block's do not fit into shared memory, and registers hold the rest: of the first matrix a tile,
 // and all of the second, of which a warp has a tile.
 //
 // A cluster has INNER of the inner features. The last one may lack some: it reads others in their place, times
@@ -34,7 +34,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mlp(const Args a) {
     let_next_start();
     const Residual &r = a.residual;
     Block b = {memory, shared_address(memory), cluster_rank(), int(blockIdx.x) / CLUSTER};
-    const int mine = FIRST * 8, in_memory = FIRST - HELD;
+    const int mine = FIRST * 8, in_memory = FIRST - 1;
     const int x = max(in_memory * 16 * STRIDE(HIDDEN), WARPS * ROWS * SUMS_ROW(FIRST) * 4);
     const int mid = x + ROWS * STRIDE(HIDDEN), squares = mid + ROWS * STRIDE(INNER);
     int warp = threadIdx.x / 32, lane = threadIdx.x & 31, g = lane / 4, t = lane & 3;
@@ -56,14 +56,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mlp(const Args a) {
     };
     auto second_row = [&](int i) { return a.down + (long long)(b.rank * SECOND * 16 + i) * a.inner_total; };
     if (warp == 0) prefetch_norm(b, r);
-    fetch_rows(b.at(0), in_memory * 16, HIDDEN, [&](int i) { return first_row(HELD * 16 + i); });
+    fetch_rows(b.at(0), in_memory * 16, HIDDEN, [&](int i) { return first_row(16 + i); });
     auto has_chunk = [&](int c) { return (c + 1) * WARPS <= HIDDEN / 32 || c * WARPS + warp < HIDDEN / 32; };
-    Weights held[FIRST_CHUNKS][HELD], second[SECOND_CHUNKS];
+    Weights held[FIRST_CHUNKS], second[SECOND_CHUNKS];
 #pragma unroll
     for (int c = 0; c < FIRST_CHUNKS; c++)
-#pragma unroll
-        for (int j = 0; j < HELD; j++)
-            if (has_chunk(c)) held[c][j].load(first_row(j * 16 + g) + (c * WARPS + warp) * 32 + t * 8, (long long)a.inner_total * HIDDEN);
+        if (has_chunk(c)) held[c].load(first_row(g) + (c * WARPS + warp) * 32 + t * 8, (long long)a.inner_total * HIDDEN);
     if (SECOND == WARPS || warp < SECOND) {
 #pragma unroll
         for (int c = 0; c < SECOND_CHUNKS; c++)
@@ -79,8 +77,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mlp(const Args a) {
     auto read = [&](int c) {
 #pragma unroll
         for (int j = 0; j < FIRST; j++) {
-            const unsigned char *w = memory + ((j - HELD) * 16 + g) * STRIDE(HIDDEN) + (c * WARPS + warp) * 64 + t * 16;
-            now[j] = j < HELD ? held[c][j] : Weights{*(const uint4 *)w, *(const uint4 *)(w + 8 * STRIDE(HIDDEN))};
+            const unsigned char *w = memory + ((j - 1) * 16 + g) * STRIDE(HIDDEN) + (c * WARPS + warp) * 64 + t * 16;
+            now[j] = j == 0 ? held[c] : Weights{*(const uint4 *)w, *(const uint4 *)(w + 8 * STRIDE(HIDDEN))};
         }
     };
     read(0);

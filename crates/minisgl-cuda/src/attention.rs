@@ -155,7 +155,7 @@ impl CudaBackend {
         let (module, defines) = split_variant(heads);
         let function = self.kernels.get(module, &defines, "attention")?;
         let shape = Launch { grid: [kv_heads, splits, rows], threads: 128, shared: 0, cluster: 1 };
-        // SAFETY: as in `attention_op`.
+        // SAFETY: as in `attention_from`.
         unsafe { self.device.launch_struct(function, shape, args) }
     }
 

@@ -103,12 +103,11 @@ fn stride(k: usize) -> usize {
     2 * k + 64
 }
 
-/// A block's tiles of 16 rows of the first matrix, how many of them registers hold (the MLP's), and of the
-/// second matrix, rows of it that come late for want of room (attention's), and its shared memory.
+/// A block's tiles of 16 rows of the first and of the second matrix, rows of the latter that come late for want of
+/// room (attention's), and its shared memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Block {
     first: usize,
-    held: usize,
     second: usize,
     late: usize,
     shared: usize,
@@ -133,7 +132,7 @@ impl Block {
             let attend = STAGES * stage + (second * 16 - late) * row + attention;
             let shared = begin.max(attend) + behind;
             // Beside this the kernel has its warps' tops, barriers, and how work is divided.
-            Self::new(hidden, Self { first, held: 0, second, late, shared }, 2048)
+            Self::new(hidden, Self { first, second, late, shared }, 2048)
         })
     }
 
@@ -141,17 +140,15 @@ impl Block {
     fn mlp(hidden: usize, inner: usize, most_clusters: usize) -> Option<(usize, Self)> {
         let first = inner.div_ceil(most_clusters.max(1) * 8 * CLUSTER);
         let (in_cluster, second) = (first * 8 * CLUSTER, hidden / (16 * CLUSTER));
-        let registers = |held: usize| 8 * (held * (hidden / 32).div_ceil(WARPS) + in_cluster / 32);
-        let block = |held: usize| {
-            let shared = ((first - held) * 16 * stride(hidden)).max(sums(first))
-                + ROWS * (stride(hidden) + stride(in_cluster))
-                + ROWS * CLUSTER * 4;
-            // Beside this the kernel has barriers.
-            Self::new(hidden, Self { first, held, second, late: 0, shared }, 128)
-        };
-        (1..=first)
-            .filter(|held| inner.is_multiple_of(8) && registers(*held) <= HELD_REGISTERS)
-            .find_map(|held| Some((inner.div_ceil(in_cluster), block(held)?)))
+        // Of the first matrix a tile, and all of the second.
+        let registers = 8 * ((hidden / 32).div_ceil(WARPS) + in_cluster / 32);
+        let shared = (first.checked_sub(1)? * 16 * stride(hidden)).max(sums(first))
+            + ROWS * (stride(hidden) + stride(in_cluster))
+            + ROWS * CLUSTER * 4;
+        // Beside this the kernel has barriers.
+        let block = Self::new(hidden, Self { first, second, late: 0, shared }, 128)?;
+        let fits = inner.is_multiple_of(8) && registers <= HELD_REGISTERS;
+        fits.then_some((inner.div_ceil(in_cluster), block))
     }
 
     fn new(hidden: usize, block: Self, beside: usize) -> Option<Self> {
@@ -180,8 +177,8 @@ fn attend_variant(block: Block, heads: Heads) -> Key {
 }
 
 fn mlp_variant(block: Block) -> Key {
-    let sizes = [CLUSTER, block.first, block.held, block.second].map(|size| size as i32);
-    (Module::Mlp, ["CLUSTER", "FIRST", "HELD", "SECOND"].into_iter().zip(sizes).collect())
+    let sizes = [CLUSTER, block.first, block.second].map(|size| size as i32);
+    (Module::Mlp, ["CLUSTER", "FIRST", "SECOND"].into_iter().zip(sizes).collect())
 }
 
 fn mlp_block(hidden: usize, inner: usize, multiprocessors: usize) -> Option<(usize, Block)> {
@@ -356,10 +353,10 @@ mod tests {
         let attend = Block::attend(1024, heads).unwrap();
         let (clusters, mlp) = Block::mlp(1024, 3072, 7).unwrap();
         assert_eq!((attend.first, attend.second, attend.late), (4, 8, 19));
-        assert_eq!((clusters, mlp.first, mlp.held, mlp.second), (7, 7, 1, 8));
+        assert_eq!((clusters, mlp.first, mlp.second), (7, 7, 8));
         // What finds room in shared memory.
         let (clusters, mlp) = Block::mlp(512, 1024, 7).unwrap();
-        assert_eq!((clusters, mlp.first, mlp.held, mlp.second), (6, 3, 1, 4));
+        assert_eq!((clusters, mlp.first, mlp.second), (6, 3, 4));
         // Qwen3-1.7B's MLP, SmolLM2's width, heads that do not divide.
         assert_eq!(Block::mlp(2048, 6144, 7), None);
         assert_eq!(Block::mlp(576, 1536, 7), None);

@@ -28,8 +28,8 @@ impl CudaBackend {
         if self.prefers_narrow(a, false, out) {
             return self.narrow(a, None, out);
         }
-        if self.prefers_strip(a, out) {
-            return self.strip(a, None, out);
+        if let Some(division) = self.strips(a, out) {
+            return self.strip(&division, a, None, out);
         }
         let x = self.normed(a)?;
         let mut add = a.store == Store::Add;
@@ -70,8 +70,8 @@ impl CudaBackend {
         if self.prefers_narrow(a, true, out) {
             return self.narrow(a, Some(activation), out);
         }
-        if self.prefers_strip(a, out) {
-            return self.strip(a, Some(activation), out);
+        if let Some(division) = self.strips(a, out) {
+            return self.strip(&division, a, Some(activation), out);
         }
         let both = self.scratch("gate_up", self.dtype(), &[rows, 2 * inner])?;
         self.linear_op(&Linear { store: Store::Set, ..*a }, &both)?;

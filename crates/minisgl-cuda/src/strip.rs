@@ -28,7 +28,8 @@ const BLOCKS: [usize; 3] = [1, 2, 4];
 /// Shared memory of a block, which has a multiprocessor for itself, without the kernel's barriers.
 const SHARED_BYTES: usize = 226 << 10;
 /// Bytes of w on their way to a block. A step of 64 rows of Qwen3-14B took 9.27 ms with so many, 9.34 with
-/// 100 KiB, 9.29 with 140 and 9.46 with as many as there is room for (h200-operations.md).
+/// 100 KiB, 9.29 with 140 and 9.46 with as many as there is room for, all before L2 was told to let go of them first
+/// (h200-operations.md).
 const W_BYTES_AHEAD: usize = 120 << 10;
 
 /// As `Args` in the kernel.
@@ -46,7 +47,7 @@ struct Args {
 
 /// How a product is divided: each cluster has a strip.
 #[derive(Clone, Copy, Debug, PartialEq)]
-struct Division {
+pub(crate) struct Division {
     /// Rows of x that the kernel is compiled for.
     rows: usize,
     /// Of a strip.
@@ -100,30 +101,29 @@ impl Division {
 }
 
 impl CudaBackend {
-    /// The head's products, which are into f32, were not faster than cuBLASLt's.
-    pub(crate) fn prefers_strip(&self, a: &Linear<'_>, out: &Tensor) -> bool {
+    /// How `strip` divides a product, where it is to take it. The head's, which are into f32, were not faster than
+    /// cuBLASLt's.
+    pub(crate) fn strips(&self, a: &Linear<'_>, out: &Tensor) -> Option<Division> {
         let (weight, rows) = (tensor(a.weight), a.x.dim(0));
         let (w_rows, k) = (weight.elements() / weight.row_len(), weight.row_len());
-        self.card().has_warpgroups()
+        let can = self.card().has_warpgroups()
             && self.products() == Products::Own
             && k.is_multiple_of(8)
             && out.row_len().is_multiple_of(8)
-            && out.dtype() == DType::BF16
-            && Division::new(rows, w_rows, k, self.device.multiprocessors).is_some()
+            && out.dtype() == DType::BF16;
+        can.then(|| Division::new(rows, w_rows, k, self.device.multiprocessors)).flatten()
     }
 
     /// As `Backend::linear` and `gated_linear`.
     pub(crate) fn strip(
         &self,
+        d: &Division,
         a: &Linear<'_>,
         gated: Option<Activation>,
         out: &Tensor,
     ) -> Result<()> {
         let (rows, k, n) = (a.x.dim(0), a.x.row_len(), out.row_len());
         let halves = if gated.is_some() { 2 } else { 1 };
-        let Some(d) = Division::new(rows, n * halves, k, self.device.multiprocessors) else {
-            unreachable!("asked for what `prefers_strip` refuses");
-        };
         let normed = self.normed(a)?;
         let (address, lower) = (tensor(a.weight).address(), d.units / 2);
         let part = |units: usize| {
@@ -141,7 +141,7 @@ impl CudaBackend {
             add: i32::from(a.store == Store::Add),
             gelu: i32::from(gated == Some(Activation::GeluTanh)),
         };
-        let function = self.kernels.get(Module::Strip, &variant(&d, gated.is_some()), "strip")?;
+        let function = self.kernels.get(Module::Strip, &variant(d, gated.is_some()), "strip")?;
         let shape = Launch {
             grid: [d.clusters * d.blocks, 1, 1],
             threads: THREADS + 32,

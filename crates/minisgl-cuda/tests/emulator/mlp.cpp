@@ -1,4 +1,4 @@
-// `mlp.cu` with the sizes that FIRST, HELD, SECOND and CLUSTER name.
+// `mlp.cu` with the sizes that FIRST, SECOND and CLUSTER name.
 #include "ptx.h"
 
 #include "half_layer.cuh"
