@@ -1,5 +1,6 @@
 //! Which of the attention kernels run, where not the fastest that the card and the heads allow.
 
+use std::collections::HashSet;
 use std::fmt;
 use std::str::FromStr;
 
@@ -218,6 +219,9 @@ impl ModelShape {
                 all.extend(strip_variants(&products, multiprocessors));
             }
         }
+        // Several products ask for the same.
+        let mut seen = HashSet::new();
+        all.retain(|key| seen.insert(key.clone()));
         all
     }
 }

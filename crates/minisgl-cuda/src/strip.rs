@@ -168,18 +168,11 @@ fn variant(d: &Division, gated: bool) -> Vec<(&'static str, i32)> {
 pub(crate) fn strip_variants(
     products: &[(usize, usize, bool)],
     multiprocessors: usize,
-) -> Vec<Key> {
-    let mut all = Vec::new();
-    for (w_rows, k, gated) in products {
-        for rows in ROWS {
-            let Some(d) = Division::new(rows, *w_rows, *k, multiprocessors) else { continue };
-            let key = (Module::Strip, variant(&d, *gated));
-            if !all.contains(&key) {
-                all.push(key);
-            }
-        }
-    }
-    all
+) -> impl Iterator<Item = Key> {
+    products.iter().flat_map(move |&(w_rows, k, gated)| {
+        let division = move |rows| Division::new(rows, w_rows, k, multiprocessors);
+        ROWS.into_iter().filter_map(division).map(move |d| (Module::Strip, variant(&d, gated)))
+    })
 }
 
 #[cfg(test)]

@@ -121,7 +121,11 @@ fn variant((gated, norm, out_f32): (bool, bool, bool), stages: usize) -> Vec<(&'
 }
 
 /// What a decoder's decode steps ask for, whose residual stream, attention and MLP are so wide.
-pub(crate) fn wide_variants(hidden: usize, attended: usize, inner: usize) -> Vec<Key> {
+pub(crate) fn wide_variants(
+    hidden: usize,
+    attended: usize,
+    inner: usize,
+) -> impl Iterator<Item = Key> {
     let products = [
         (hidden, (false, true, false)),
         (hidden, (true, true, false)),
@@ -129,17 +133,11 @@ pub(crate) fn wide_variants(hidden: usize, attended: usize, inner: usize) -> Vec
         (attended, (false, false, false)),
         (inner, (false, false, false)),
     ];
-    let mut all = Vec::new();
-    for (k, kind) in products.into_iter().filter(|(k, _)| *k > STREAM_ROW_MAX) {
-        for rows in 1..=ROWS_MAX {
-            let Some((_, stages)) = Division::ring(rows, k, kind.0) else { continue };
-            let key = (Module::Wide, variant(kind, stages));
-            if !all.contains(&key) {
-                all.push(key);
-            }
-        }
-    }
-    all
+    products.into_iter().filter(|(k, _)| *k > STREAM_ROW_MAX).flat_map(|(k, kind)| {
+        (1..=ROWS_MAX)
+            .filter_map(move |rows| Division::ring(rows, k, kind.0))
+            .map(move |(_, stages)| (Module::Wide, variant(kind, stages)))
+    })
 }
 
 #[cfg(test)]
