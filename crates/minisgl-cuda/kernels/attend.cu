@@ -237,7 +237,7 @@ attend(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
     multiply<FIRST>(memory + first, memory + x, HIDDEN, all_sums, [&] {
         // In its place come tiles, sums and the second matrix.
         publish_shared();
-        named_arrive(3, THREADS + 32);
+        named_leave(3, THREADS + 32);
         named_barrier(1, THREADS);
     });
     bf16 *qkv = (bf16 *)(memory + raw);
@@ -343,7 +343,7 @@ attend(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
         if (tile < work.to) named_barrier(1, THREADS);
     }
 
-    named_arrive(4, THREADS + 32);
+    named_leave(4, THREADS + 32);
     barrier_wait_for_cluster(parts_here, 0);
     for (int i = threadIdx.x; i < r.rows * GROUP * DIM / 4; i += THREADS) {
         int row = i / (GROUP * DIM / 4), value = i % (GROUP * DIM / 4) * 4, head = value / DIM;

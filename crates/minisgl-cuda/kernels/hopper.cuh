@@ -46,6 +46,12 @@ __device__ __forceinline__ void named_barrier(int number, int threads) {
 __device__ __forceinline__ void named_arrive(int number, int threads) {
     asm volatile("bar.arrive %0, %1;" :: "r"(number), "r"(threads) : "memory");
 }
+// As `named_arrive`, for threads that could wait: before a race checker, which takes for ordered only what threads
+// did that meet, they do.
+__device__ __forceinline__ void named_leave(int number, int threads) {
+    if (RACE_CHECKED) named_barrier(number, threads);
+    else named_arrive(number, threads);
+}
 __device__ __forceinline__ void store_shared(u32 address, u32 value) {
     asm volatile("st.shared.u32 [%0], %1;" :: "r"(address), "r"(value) : "memory");
 }

@@ -64,7 +64,8 @@ extern "C" __global__ void __launch_bounds__(32 * (WARPS + 1), HALVES == 1 ? 3 :
     extern __shared__ __align__(128) unsigned char memory[];
     // Stages of w, then the norm's weights.
     __shared__ u64 barrier_words[2 * 16];
-    __shared__ float sums[WARPS][TILES][ROWS][8];
+    // By turns, so that a tile's are read while the next one's come.
+    __shared__ float all_sums[2][WARPS][TILES][ROWS][8];
     __shared__ float all_squares[WARPS][ROWS];
     let_next_start();
     int warp = threadIdx.x / 32, lane = threadIdx.x & 31, g = lane / 4, t = lane & 3;
@@ -88,21 +89,47 @@ extern "C" __global__ void __launch_bounds__(32 * (WARPS + 1), HALVES == 1 ? 3 :
     }
     wait_for_previous();
 
-    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-        float acc[TILES][4] = {}, squares[HALVES] = {};
-        uint4 x[AHEAD][2][HALVES];
-        int steps = (a.k_total + STAGE - 1) / STAGE;
-        for (int first = 0; first < steps; first += AHEAD) {
+    int steps = (a.k_total + STAGE - 1) / STAGE, turn = 0;
+    // x times the norm's weights, and the squares of x.
+    u32 x[AHEAD][2][HALVES][4];
+    float squares[HALVES] = {};
+    auto load_x = [&](int first) {
 #pragma unroll
-            for (int i = 0; i < AHEAD; i++)
+        for (int i = 0; i < AHEAD; i++)
 #pragma unroll
-                for (int s = 0; s < 2; s++)
+            for (int s = 0; s < 2; s++)
 #pragma unroll
-                    for (int h = 0; h < HALVES; h++) {
-                        int row = h * 8 + g, k = (first + i) * STAGE + warp * CHUNK + s * 32 + t * 8;
-                        x[i][s][h] = make_uint4(0, 0, 0, 0);
-                        if (row < a.rows && k < a.k_total) x[i][s][h] = *(const uint4 *)(a.x + (long long)row * a.k_total + k);
+                for (int h = 0; h < HALVES; h++) {
+                    int row = h * 8 + g, k = (first + i) * STAGE + warp * CHUNK + s * 32 + t * 8;
+                    uint4 value = make_uint4(0, 0, 0, 0);
+                    if (row < a.rows && k < a.k_total) value = *(const uint4 *)(a.x + (long long)row * a.k_total + k);
+                    x[i][s][h][0] = value.x, x[i][s][h][1] = value.y, x[i][s][h][2] = value.z, x[i][s][h][3] = value.w;
+                }
+#pragma unroll
+        for (int i = 0; NORM && i < AHEAD; i++)
+#pragma unroll
+            for (int s = 0; s < 2; s++) {
+                int k = (first + i) * STAGE + warp * CHUNK + s * 32 + t * 8;
+                if (k >= a.k_total) continue;
+                float4 n0 = *(const float4 *)(norm + k), n1 = *(const float4 *)(norm + k + 4);
+                const float scale[8] = {n0.x, n0.y, n0.z, n0.w, n1.x, n1.y, n1.z, n1.w};
+#pragma unroll
+                for (int h = 0; h < HALVES; h++)
+#pragma unroll
+                    for (int p = 0; p < 4; p++) {
+                        u32 &pair = x[i][s][h][p];
+                        float low = low_half(pair), high = high_half(pair);
+                        squares[h] += low * low + high * high;
+                        pair = pack(low * (scale[2 * p] + a.shift), high * (scale[2 * p + 1] + a.shift));
                     }
+            }
+    };
+    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x, turn ^= 1) {
+        bool is_first = tile == blockIdx.x;
+        float acc[TILES][4] = {};
+        for (int first = 0; first < steps; first += AHEAD) {
+            // What holds all of x holds it for all tiles.
+            if (is_first || steps > AHEAD) load_x(first);
 #pragma unroll
             for (int i = 0; i < AHEAD; i++) {
                 int step = first + i;
@@ -110,34 +137,14 @@ extern "C" __global__ void __launch_bounds__(32 * (WARPS + 1), HALVES == 1 ? 3 :
                 barrier_wait(ring.full + 8 * ring.stage, ring.parity);
 #pragma unroll
                 for (int s = 0; s < 2; s++) {
-                    int inside = warp * CHUNK + s * 32 + t * 8, k = step * STAGE + inside;
-                    float scale[8];
-                    if (NORM) {
-                        float4 s0 = make_float4(0, 0, 0, 0), s1 = s0;
-                        if (k < a.k_total) s0 = *(const float4 *)(norm + k), s1 = *(const float4 *)(norm + k + 4);
-                        scale[0] = s0.x + a.shift, scale[1] = s0.y + a.shift, scale[2] = s0.z + a.shift, scale[3] = s0.w + a.shift;
-                        scale[4] = s1.x + a.shift, scale[5] = s1.y + a.shift, scale[6] = s1.z + a.shift, scale[7] = s1.w + a.shift;
-                    }
-                    u32 f[2][4] = {};
-#pragma unroll
-                    for (int h = 0; h < HALVES; h++) {
-                        uint4 v = x[i][s][h];
-                        f[h][0] = v.x, f[h][1] = v.y, f[h][2] = v.z, f[h][3] = v.w;
-                        if (NORM) {
-#pragma unroll
-                            for (int p = 0; p < 4; p++) {
-                                float low = low_half(f[h][p]), high = high_half(f[h][p]);
-                                squares[h] += low * low + high * high;
-                                f[h][p] = pack(low * scale[2 * p], high * scale[2 * p + 1]);
-                            }
-                        }
-                    }
+                    int inside = warp * CHUNK + s * 32 + t * 8;
+                    const u32 (&low)[4] = x[i][s][0], (&high)[4] = x[i][s][HALVES - 1];
 #pragma unroll
                     for (int j = 0; j < TILES; j++) {
                         uint4 w = make_uint4(0, 0, 0, 0);
-                        if (k < a.k_total) w = *(const uint4 *)(memory + ring.stage * STAGE_BYTES + (j * 8 + g) * ROW_BYTES + inside * 2);
-                        mma(acc[j], f[0][0], f[1][0], f[0][1], f[1][1], w.x, w.y);
-                        mma(acc[j], f[0][2], f[1][2], f[0][3], f[1][3], w.z, w.w);
+                        if (step * STAGE + inside < a.k_total) w = *(const uint4 *)(memory + ring.stage * STAGE_BYTES + (j * 8 + g) * ROW_BYTES + inside * 2);
+                        mma(acc[j], low[0], HALVES == 2 ? high[0] : 0, low[1], HALVES == 2 ? high[1] : 0, w.x, w.y);
+                        mma(acc[j], low[2], HALVES == 2 ? high[2] : 0, low[3], HALVES == 2 ? high[3] : 0, w.z, w.w);
                     }
                 }
                 warp_arrives(ring.free + 8 * ring.stage);
@@ -145,13 +152,14 @@ extern "C" __global__ void __launch_bounds__(32 * (WARPS + 1), HALVES == 1 ? 3 :
             }
         }
 
+        auto &sums = all_sums[turn];
 #pragma unroll
         for (int h = 0; h < HALVES; h++) {
             int row = h * 8 + g;
 #pragma unroll
             for (int j = 0; j < TILES; j++)
                 *(float2 *)&sums[warp][j][row][2 * t] = make_float2(acc[j][2 * h], acc[j][2 * h + 1]);
-            if (NORM) {
+            if (NORM && is_first) {
                 float q = squares[h];
                 q += __shfl_xor_sync(~0u, q, 1);
                 q += __shfl_xor_sync(~0u, q, 2);
@@ -159,7 +167,7 @@ extern "C" __global__ void __launch_bounds__(32 * (WARPS + 1), HALVES == 1 ? 3 :
             }
         }
         named_barrier(1, WARPS * 32);
-            for (int i = threadIdx.x; i < a.rows * COLUMNS; i += WARPS * 32) {
+        for (int i = threadIdx.x; i < a.rows * COLUMNS; i += WARPS * 32) {
             int row = i / COLUMNS, column = i % COLUMNS, n = tile * COLUMNS + column;
             if (n >= a.n_total) continue;
             float total[2] = {}, factor = 1.f;
@@ -178,6 +186,5 @@ extern "C" __global__ void __launch_bounds__(32 * (WARPS + 1), HALVES == 1 ? 3 :
             O *to = a.out + (long long)row * a.n_total + n;
             *to = from_float<O>(a.add_to ? to_float(*to) + value : value);
         }
-        named_barrier(1, WARPS * 32);
     }
 }

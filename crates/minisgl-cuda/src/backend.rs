@@ -103,7 +103,7 @@ impl CudaBackend {
         tracing::info!(seconds = started.elapsed().as_secs_f64(), "kernels are compiled");
         let gemm = Gemm::new(&device)?;
         tracing::info!(seconds = started.elapsed().as_secs_f64(), "cuBLASLt is open");
-        let staging = Staging::new(&device)?;
+        let staging = Staging::new(&device, &kernels)?;
         tracing::info!(seconds = started.elapsed().as_secs_f64(), "staging memory is there");
         Ok(Self {
             gemm,

@@ -5,7 +5,8 @@ use std::sync::{Arc, Mutex};
 use cudarc::driver::{result, sys};
 use minisgl_tensor::{Download, Result, Tensor};
 
-use crate::device::{Device, driver, fail};
+use crate::device::{Device, Function, Launch, args, driver, fail};
+use crate::kernels::{Kernels, Module};
 
 const SLOTS: usize = 32;
 const SLOT_BYTES: usize = 2 << 20;
@@ -14,16 +15,21 @@ const READERS: usize = 8;
 /// Downloads' buffers made ahead: a few steps' tokens.
 const READY: usize = 8;
 const READY_BYTES: usize = 4096;
+/// Up to so many bytes are copied by a kernel.
+const KERNEL_BYTES_MAX: usize = 128 << 10;
 
 /// A ring of pinned buffers for uploads, and a pool of them for downloads.
 pub(crate) struct Staging {
     device: Arc<Device>,
     ring: Mutex<(Vec<Pinned>, usize)>,
     pool: Arc<Mutex<Vec<Pinned>>>,
+    /// Kernels of `elementwise.cu`.
+    upload_words: Function,
+    download_words: Function,
 }
 
 impl Staging {
-    pub(crate) fn new(device: &Arc<Device>) -> Result<Self> {
+    pub(crate) fn new(device: &Arc<Device>, kernels: &Kernels) -> Result<Self> {
         let ring = (0..SLOTS).map(|_| Pinned::new(device, SLOT_BYTES)).collect::<Result<_>>()?;
         // Page-locking memory stalls the card, so what a step's downloads need is there from the
         // start. Ranks that share a card would even stall each other for good.
@@ -32,6 +38,8 @@ impl Staging {
             device: Arc::clone(device),
             ring: Mutex::new((ring, 0)),
             pool: Arc::new(Mutex::new(pool)),
+            upload_words: kernels.get(Module::Elementwise, &[], "upload")?,
+            download_words: kernels.get(Module::Elementwise, &[], "download")?,
         })
     }
 
@@ -49,7 +57,14 @@ impl Staging {
         for (i, part) in src.chunks(SLOT_BYTES).enumerate() {
             let slot = &mut slots[*next];
             *next = (*next + 1) % SLOTS;
-            slot.send(part, dst.address() + (i * SLOT_BYTES) as u64)?;
+            let to = dst.address() + (i * SLOT_BYTES) as u64;
+            if takes_a_kernel(part.len(), to) {
+                slot.fill(part)?;
+                self.copy_words(self.upload_words, slot.address as u64, to, part.len())?;
+                slot.record()?;
+            } else {
+                slot.send(part, to)?;
+            }
         }
         Ok(())
     }
@@ -64,18 +79,31 @@ impl Staging {
             None => Pinned::new(&self.device, bytes.next_power_of_two().max(4096))?,
         };
         drop(pool);
-        // SAFETY: the buffer is owned by the download until its event has come.
-        unsafe {
-            result::memcpy_dtoh_async(
-                &mut pinned.bytes_mut()[..bytes],
-                src.address(),
-                self.device.stream,
-            )
+        if takes_a_kernel(bytes, src.address()) {
+            let to = pinned.address as u64;
+            self.copy_words(self.download_words, src.address(), to, bytes)?;
+        } else {
+            let to = &mut pinned.bytes_mut()[..bytes];
+            // SAFETY: the buffer is owned by the download until its event has come.
+            unsafe { result::memcpy_dtoh_async(to, src.address(), self.device.stream) }
+                .map_err(|e| driver("cuMemcpyDtoHAsync", e))?;
         }
-        .map_err(|e| driver("cuMemcpyDtoHAsync", e))?;
         pinned.record()?;
         Ok(Box::new(Pending { pinned: Some(pinned), bytes, pool: Arc::clone(&self.pool) }))
     }
+
+    fn copy_words(&self, kernel: Function, from: u64, to: u64, bytes: usize) -> Result<()> {
+        let words = bytes / 4;
+        let shape = Launch::new(words.div_ceil(256), 256);
+        // SAFETY: both hold so many words. Page-locked memory has one address for host and card, and nobody
+        // touches it until its event has come.
+        unsafe { self.device.launch(kernel, shape, args![from, to, words]) }
+    }
+}
+
+/// Whether so many bytes to or from such an address on the card are copied by a kernel.
+fn takes_a_kernel(bytes: usize, address: u64) -> bool {
+    bytes <= KERNEL_BYTES_MAX && bytes.is_multiple_of(4) && address.is_multiple_of(4)
 }
 
 /// Weights come from a mapped file: one thread would wait for its pages one after the other, and
@@ -163,10 +191,16 @@ impl Pinned {
         unsafe { std::slice::from_raw_parts_mut(self.address, self.bytes) }
     }
 
-    /// Starts copying `part` to the device's address `to`, once the last copy is done.
-    fn send(&mut self, part: &[u8], to: u64) -> Result<()> {
+    /// Takes `part` in, once the last copy is done.
+    fn fill(&mut self, part: &[u8]) -> Result<()> {
         self.wait()?;
         self.bytes_mut()[..part.len()].copy_from_slice(part);
+        Ok(())
+    }
+
+    /// Starts copying `part` to the device's address `to`.
+    fn send(&mut self, part: &[u8], to: u64) -> Result<()> {
+        self.fill(part)?;
         let stream = self.device.stream;
         // SAFETY: source and destination hold the part; the buffer is not written before its event
         // has come.

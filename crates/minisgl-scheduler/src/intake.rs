@@ -9,7 +9,7 @@ use crate::message::{
 use crate::plan::Slot;
 use crate::request::Request;
 use crate::running::Phase;
-use crate::scheduler::Scheduler;
+use crate::scheduler::{SchedulePolicy, Scheduler};
 use crate::stats::{add, set};
 
 impl<E: Engine, S: OutputSink> Scheduler<E, S> {
@@ -28,7 +28,15 @@ impl<E: Engine, S: OutputSink> Scheduler<E, S> {
             let output = request.output(None, Some(FinishReason::Length));
             return self.report(output);
         }
-        self.waiting.push_back(request);
+        let place = match self.options.policy {
+            SchedulePolicy::Fcfs => self.waiting.len(),
+            SchedulePolicy::Lof => {
+                let output_max = request.output_max();
+                let is_before = |other: &Request| other.has_run || other.output_max() >= output_max;
+                self.waiting.partition_point(is_before)
+            }
+        };
+        self.waiting.insert(place, request);
     }
 
     fn check(&self, new: NewRequest) -> Result<Request, Refusal> {

@@ -52,5 +52,5 @@ pub mod scheduler;
 pub mod stats;
 mod tokens;
 
-pub use scheduler::{Scheduler, SchedulerOptions};
+pub use scheduler::{SchedulePolicy, Scheduler, SchedulerOptions};
 pub use stats::SchedulerStats;

@@ -97,6 +97,11 @@ impl Request {
         })
     }
 
+    /// The most tokens that it may generate.
+    pub fn output_max(&self) -> usize {
+        self.len_max - self.prompt_len
+    }
+
     /// Tokens generated so far.
     pub fn generated(&self) -> usize {
         self.tokens.len() - self.prompt_len

@@ -18,11 +18,24 @@ use crate::request::{Adjustment, Request};
 use crate::running::{Phase, Running, RunningSet};
 use crate::stats::{SchedulerStats, StepObserver, StepTimes, add, set};
 
+/// In which order waiting requests are admitted. Those that had to give their pages up go first in any.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum SchedulePolicy {
+    /// As they came.
+    #[default]
+    Fcfs,
+    /// Those that may generate the most tokens first, so that none of these is left over when the others
+    /// are done: for work that is all there from the start (longest processing time first; Graham, 1969).
+    Lof,
+}
+
 /// What can be chosen about a scheduler.
 #[derive(Clone)]
 pub struct SchedulerOptions {
     /// Which prefix cache.
     pub cache: CacheType,
+    /// Who is admitted first.
+    pub policy: SchedulePolicy,
     /// Plan step n+1 and hand out the tokens of step n while the engine is busy.
     pub overlap: bool,
     /// Ids that end every request which does not ignore them.
@@ -41,6 +54,7 @@ impl Default for SchedulerOptions {
     fn default() -> Self {
         Self {
             cache: CacheType::Radix,
+            policy: SchedulePolicy::default(),
             overlap: true,
             eos_ids: Vec::new(),
             waiting_max: 4096,

@@ -2,15 +2,16 @@
 
 mod common;
 
+use std::cmp::Reverse;
 use std::collections::HashMap;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::mpsc::channel;
 
 use common::{Hooked, engine, greedy, limits, options, prompt, request, serve, serve_from, submit};
-use minisgl_scheduler::SchedulerOptions;
 use minisgl_scheduler::engine::EngineLimits;
 use minisgl_scheduler::message::Command;
 use minisgl_scheduler::plan::{RowInput, StepPlan};
+use minisgl_scheduler::{SchedulePolicy, SchedulerOptions};
 
 /// Long prompts keep coming while eight requests generate: each of these has a row in every step.
 #[test]
@@ -96,6 +97,18 @@ fn equals_are_served_in_order() {
     let many = (0..200).map(|id| submit(request(id, prompt(id as u32, 40), greedy(10))));
     let served = serve(engine(limits()), options(), many);
     assert!(served.first_tokens.is_sorted(), "{:?}", served.first_tokens);
+}
+
+/// With the longest outputs first, those begin in order of length that wait, and equals as they came.
+#[test]
+fn the_longest_outputs_can_go_first() {
+    let max_tokens = |id: u64| 5 + id as u32 * 7 % 20;
+    let many =
+        (0..200).map(|id| submit(request(id, prompt(id as u32, 40), greedy(max_tokens(id)))));
+    let options = SchedulerOptions { policy: SchedulePolicy::Lof, ..options() };
+    let served = serve(engine(limits()), options, many);
+    let began = served.first_tokens.iter().map(|id| (Reverse(max_tokens(*id)), *id));
+    assert!(began.is_sorted(), "{:?}", served.first_tokens);
 }
 
 /// More requests than tokens in a step, or than slots: all get on.

@@ -103,6 +103,11 @@ pub struct RuntimeOptions {
     )]
     pub max_prefill_length: Option<usize>,
 
+    /// Which waiting request runs next: fcfs as they came, or lof, the one that may generate the most
+    /// tokens, which ends a batch of requests of many lengths sooner
+    #[arg(long, value_enum, default_value_t, help_heading = "Scheduling")]
+    pub schedule_policy: SchedulePolicy,
+
     /// Plan a step only when the last one has ended, to see what overlapping them gains
     #[arg(long, help_heading = "Scheduling")]
     pub disable_overlap: bool,
@@ -166,6 +171,25 @@ pub enum Transport {
     Nccl,
     /// Peer memory alone.
     Peers,
+}
+
+/// Which waiting request runs next.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum SchedulePolicy {
+    /// As they came.
+    #[default]
+    Fcfs,
+    /// Longest output first.
+    Lof,
+}
+
+impl From<SchedulePolicy> for minisgl_scheduler::SchedulePolicy {
+    fn from(policy: SchedulePolicy) -> Self {
+        match policy {
+            SchedulePolicy::Fcfs => Self::Fcfs,
+            SchedulePolicy::Lof => Self::Lof,
+        }
+    }
 }
 
 /// How prefixes are kept for later requests.

@@ -69,6 +69,7 @@ pub fn scheduler_options(options: &RuntimeOptions) -> Result<SchedulerOptions> {
     };
     Ok(SchedulerOptions {
         cache: options.cache_type.into(),
+        policy: options.schedule_policy.into(),
         overlap: !options.disable_overlap,
         observer,
         ..SchedulerOptions::default()

@@ -215,7 +215,7 @@ fn linear_of_some_dozens_of_rows() {
     linear_cases(
         "dozens of rows",
         &all,
-        &[(24, 144, 328), (33, 200, 328), (24, 9008, 72), (24, 6800, 1096)],
+        &[(24, 144, 328), (31, 200, 328), (24, 9008, 72), (24, 6800, 1096)],
     );
 }
 
@@ -284,9 +284,12 @@ fn linear_case(r: &mut Rig, m: usize, n: usize, k: usize) {
     let sum: Vec<f64> = product.iter().zip(&before).map(|(a, b)| a + b).collect();
     r.b.linear(&Linear { norm: Some(&norm), bias: None, store: Store::Add, ..args }, &out).unwrap();
     r.close(&format!("norm add {what}"), &r.get(&out), &sum);
-    let out = r.poison(DType::F32, &[m, n]);
-    r.b.linear(&Linear { norm: Some(&norm), bias: None, ..args }, &out).unwrap();
-    r.close(&format!("logits {what}"), &r.get(&out), &product);
+    // Of many rows, logits are the library's.
+    if m <= 16 || !race_checked() {
+        let out = r.poison(DType::F32, &[m, n]);
+        r.b.linear(&Linear { norm: Some(&norm), bias: None, ..args }, &out).unwrap();
+        r.close(&format!("logits {what}"), &r.get(&out), &product);
+    }
     let out = r.out(&[m, k]);
     r.b.rms_norm(&xt, &norm, &out).unwrap();
     r.close(&format!("norm {what}"), &r.get(&out), &xn);
