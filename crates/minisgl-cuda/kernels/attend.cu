@@ -208,12 +208,16 @@ attend(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
         named_arrive(2, THREADS + 32);
         // Each warp's first two tiles, the second ones when the first matrix is no longer in their place.
         int count = work.to - work.from, place = find(a, work, work.from + lane, kv_head);
+        auto fetch_tiles = [&](int from) {
 #pragma unroll 1
-        for (int i = 0; i < STAGES; i++) {
-            if (i == WARPS) named_barrier(3, THREADS + 32);
-            int y = __shfl_sync(~0u, place, i);
-            if (lane == 0 && i < count) ring.fetch(i, k_map, v_map, y);
-        }
+            for (int i = from; i < from + WARPS; i++) {
+                int y = __shfl_sync(~0u, place, i);
+                if (lane == 0 && i < count) ring.fetch(i, k_map, v_map, y);
+            }
+        };
+        fetch_tiles(0);
+        named_barrier(3, THREADS + 32);
+        fetch_tiles(WARPS);
         // The second matrix, but what lies where there are tiles yet.
         bool has_room = count <= second / STAGE_BYTES;
         fetch_second(has_room ? 0 : LATE, SECOND * 16);

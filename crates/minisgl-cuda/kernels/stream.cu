@@ -4,18 +4,21 @@
 // A block walks tiles of 8 · TILES rows of w (gated: 8 of the gate and 8 of up). Its ninth warp copies
 // them, 512 elements of each row a stage, as many stages ahead as there is room for: the first ones
 // before the kernels ahead are done, so that memory never rests between two products. Eight warps take
-// 64 elements of each stage. Lane (g, t) reads 16 bytes of row g: with rows 64 bytes further apart than
+// as many elements of each stage. Lane (g, t) reads 16 bytes of row g: with rows 64 bytes further apart than
 // their lengths, a quarter warp's reads hit all banks. As in `gemv.cu`, the order of k inside a chunk
 // of 32 is permuted alike for x and w, and a norm's factor is applied to the sums.
 
-#define CHUNK 64
+// Logits have long copies: the bulk copy engine takes its time for each of them, and there are many.
+#define CHUNK (OUT_F32 ? 128 : 64)
 #define WARPS 8
 #define STAGE (WARPS * CHUNK)
 #define ROW_BYTES (STAGE * 2 + 64)
 #define STAGE_BYTES (TILES * 8 * ROW_BYTES)
 #define ROWS (HALVES * 8)
 // Stages whose x is loaded at once.
-#define AHEAD (HALVES == 1 ? 3 : 2)
+#define AHEAD ((HALVES == 1 ? 3 : 2) - OUT_F32)
+// Pieces of 32 elements of a warp's part of a stage.
+#define PIECES (CHUNK / 32)
 
 #if OUT_F32
 typedef float O;
@@ -91,13 +94,13 @@ extern "C" __global__ void __launch_bounds__(32 * (WARPS + 1), HALVES == 1 ? 3 :
 
     int steps = (a.k_total + STAGE - 1) / STAGE, turn = 0;
     // x times the norm's weights, and the squares of x.
-    u32 x[AHEAD][2][HALVES][4];
+    u32 x[AHEAD][PIECES][HALVES][4];
     float squares[HALVES] = {};
     auto load_x = [&](int first) {
 #pragma unroll
         for (int i = 0; i < AHEAD; i++)
 #pragma unroll
-            for (int s = 0; s < 2; s++)
+            for (int s = 0; s < PIECES; s++)
 #pragma unroll
                 for (int h = 0; h < HALVES; h++) {
                     int row = h * 8 + g, k = (first + i) * STAGE + warp * CHUNK + s * 32 + t * 8;
@@ -108,7 +111,7 @@ extern "C" __global__ void __launch_bounds__(32 * (WARPS + 1), HALVES == 1 ? 3 :
 #pragma unroll
         for (int i = 0; NORM && i < AHEAD; i++)
 #pragma unroll
-            for (int s = 0; s < 2; s++) {
+            for (int s = 0; s < PIECES; s++) {
                 int k = (first + i) * STAGE + warp * CHUNK + s * 32 + t * 8;
                 if (k >= a.k_total) continue;
                 float4 n0 = *(const float4 *)(norm + k), n1 = *(const float4 *)(norm + k + 4);
@@ -136,7 +139,7 @@ extern "C" __global__ void __launch_bounds__(32 * (WARPS + 1), HALVES == 1 ? 3 :
                 if (step >= steps) break;
                 barrier_wait(ring.full + 8 * ring.stage, ring.parity);
 #pragma unroll
-                for (int s = 0; s < 2; s++) {
+                for (int s = 0; s < PIECES; s++) {
                     int inside = warp * CHUNK + s * 32 + t * 8;
                     const u32 (&low)[4] = x[i][s][0], (&high)[4] = x[i][s][HALVES - 1];
 #pragma unroll

@@ -112,17 +112,19 @@ impl CudaBackend {
     /// `gemv.cu`'s product with the weights fetched ahead of the kernels in front.
     fn stream(&self, a: &Linear<'_>, gated: Option<Activation>, out: &Tensor) -> Result<()> {
         let (rows, k, n) = (a.x.dim(0), a.x.row_len(), out.row_len());
-        let tiles = if gated.is_some() || n >= 16 * self.device.multiprocessors { 2 } else { 1 };
+        let is_logits = out.dtype() == DType::F32;
+        let many = !is_logits && n >= 16 * self.device.multiprocessors;
+        let tiles = if gated.is_some() || many { 2 } else { 1 };
+        let (stage, bytes) = if is_logits { LOGITS_STAGE } else { STREAM_STAGE };
         let blocks = n.div_ceil(if gated.is_some() { 8 } else { tiles * 8 });
         // All blocks walk as many tiles, so that all end at about the same time.
         let rounds = blocks.div_ceil(self.device.multiprocessors * 2);
         let grid = blocks.div_ceil(rounds);
-        let stage_bytes = tiles * 8 * (STREAM_STAGE * 2 + 64);
-        let steps = k.div_ceil(STREAM_STAGE) * rounds;
-        let stages = steps.min(STREAM_BYTES / stage_bytes);
+        let stage_bytes = tiles * 8 * (stage * 2 + 64);
+        let steps = k.div_ceil(stage) * rounds;
+        let stages = steps.min(bytes / stage_bytes);
         let args = ProductArgs::new(a, gated, out, stages);
-        let mut defines =
-            variant(rows > 8, gated.is_some(), a.norm.is_some(), out.dtype() == DType::F32);
+        let mut defines = variant(rows > 8, gated.is_some(), a.norm.is_some(), is_logits);
         defines.push(("TILES", tiles as i32));
         let function = self.kernels.get(Module::Stream, &defines, "stream")?;
         let norm_bytes = if a.norm.is_some() { k * 4 } else { 0 };
@@ -194,7 +196,11 @@ pub(crate) fn gemv_variants(streams: bool) -> Vec<(Module, Vec<(&'static str, i3
                 continue;
             }
             // Few rows of w only where a result is added to the residual stream.
-            for tiles in if norm { 2..=2 } else { 1..=2 } {
+            for tiles in match (out_f32, norm) {
+                (true, _) => 1..=1,
+                (false, true) => 2..=2,
+                (false, false) => 1..=2,
+            } {
                 let mut defines = defines.clone();
                 defines.push(("TILES", tiles));
                 all.push((Module::Stream, defines));
@@ -204,10 +210,11 @@ pub(crate) fn gemv_variants(streams: bool) -> Vec<(Module, Vec<(&'static str, i3
     all
 }
 
-/// As `STAGE` in `kernels/stream.cu`.
-const STREAM_STAGE: usize = 512;
-/// So little shared memory that the next product's blocks find room beside two of this one's.
-const STREAM_BYTES: usize = 53 << 10;
+/// `STAGE` in `kernels/stream.cu`, and the bytes of a block's stages: so little shared memory that the next
+/// product's blocks find room beside two of this one's.
+const STREAM_STAGE: (usize, usize) = (512, 53 << 10);
+/// The same for logits, behind which no product comes.
+const LOGITS_STAGE: (usize, usize) = (1024, 88 << 10);
 
 /// As `Args` in `kernels/stream.cu` and `kernels/wide.cu`.
 #[repr(C)]
