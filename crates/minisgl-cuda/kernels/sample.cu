@@ -22,11 +22,12 @@ __device__ float uniform(u32 k0, u32 k1, u32 position) {
     return (c[0] >> 8) * (1.f / 16777216.f);
 }
 
-// stats [rows, chunks]: (max, index of it as bits, Σ exp((x − max) / temperature)). A warp a chunk.
+// stats [rows, chunks]: (max, index of it as bits, Σ exp((x − max) / temperature)). A warp a chunk, the last ones
+// of all rows first: of logits that L2 does not hold as a whole, it has those that were written last.
 extern "C" __global__ void survey(const float *logits, const float *temperature, int vocab, int chunks, float4 *stats) {
     let_next_start();
     wait_for_previous();
-    int chunk = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x & 31, row = blockIdx.y;
+    int chunk = (gridDim.y - 1 - blockIdx.y) * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x & 31, row = blockIdx.x;
     if (chunk >= chunks) return;
     const float *x = logits + (long long)row * vocab;
     float held[CHUNK / 32], best = -infinity();
@@ -88,11 +89,16 @@ choose(const float *logits, const float4 *stats, const float *temperature, const
     int row = blockIdx.x, lane = threadIdx.x;
     const float *x = logits + (long long)row * vocab;
     stats += (long long)row * chunks;
-    float t = temperature[row], top = -infinity();
+    // Everything that comes from afar is asked for at once.
+    float t = temperature[row], p = top_p[row], least = min_p[row];
+    int k = top_k[row];
+    float u = uniform(u32(seed[row].x), u32(seed[row].y), u32(position[row]));
+    float4 own_stats = lane < chunks ? stats[lane] : make_float4(-infinity(), 0.f, 0.f, 0.f);
     // The highest logit, then the lowest index that has it.
     if (lane == 0) chosen = 0x7fffffff;
     __shared__ float tops[32];
-    for (int c = lane; c < chunks; c += 1024) top = fmaxf(top, stats[c].x);
+    float top = own_stats.x;
+    for (int c = lane + 1024; c < chunks; c += 1024) top = fmaxf(top, stats[c].x);
     top = warp_max(top);
     if ((lane & 31) == 0) tops[lane / 32] = top;
     __syncthreads();
@@ -112,13 +118,11 @@ choose(const float *logits, const float4 *stats, const float *temperature, const
         return;
     }
     float inverse = 1.f / t;
-    if ((top_k[row] <= 0 || top_k[row] >= vocab) && top_p[row] >= 1.f && min_p[row] <= 0.f && chunks <= 1024) {
+    if ((k <= 0 || k >= vocab) && p >= 1.f && least <= 0.f && chunks <= 1024) {
         // A plain draw: the chunk by the survey's sums, then the token inside it.
-        float4 own_stats = lane < chunks ? stats[lane] : make_float4(-infinity(), 0.f, 0.f, 0.f);
         u64 own = own_stats.x == -infinity()
                       ? 0 : u64(double(own_stats.z) * double(__expf((own_stats.x - top) * inverse)) * 4294967296.0);
         Scan chunks_to = scan(own, warps);
-        float u = uniform(u32(seed[row].x), u32(seed[row].y), u32(position[row]));
         u64 target = u64(double(u) * double(chunks_to.all)), before = chunks_to.here - own;
         if (target >= before && target < chunks_to.here) prefix = lane, budget = target - before;
         __syncthreads();
@@ -133,8 +137,6 @@ choose(const float *logits, const float4 *stats, const float *temperature, const
     }
     // Keep logits whose key is above `border`, and the first `tied` of those that equal it.
     u32 border = 0, tied = 0xffffffffu;
-    int k = top_k[row];
-    float p = top_p[row], least = min_p[row];
     for (int pass = 0; pass < 2; pass++) {
         bool by_count = pass == 0;
         if (by_count ? k <= 0 || k >= vocab : p >= 1.f) continue;
@@ -195,7 +197,6 @@ choose(const float *logits, const float4 *stats, const float *temperature, const
         u32 floor_key = ordered(top + t * __logf(least));
         if (floor_key > border) border = floor_key, tied = 0xffffffffu;
     }
-    float u = uniform(u32(seed[row].x), u32(seed[row].y), u32(position[row]));
     // Each thread sums its own run of ids; a tie's place among its equals needs a count first.
     int run = (vocab + 1023) / 1024, begin = lane * run, end = min(vocab, begin + run);
     u64 equal = 0;

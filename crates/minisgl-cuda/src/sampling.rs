@@ -56,7 +56,7 @@ impl CudaBackend {
         let survey = self.kernels.get(Module::Sample, &[], "survey")?;
         let choose = self.kernels.get(Module::Sample, &[], "choose")?;
         let shape =
-            Launch { grid: [chunks.div_ceil(4), rows, 1], threads: 128, shared: 0, cluster: 1 };
+            Launch { grid: [rows, chunks.div_ceil(4), 1], threads: 128, shared: 0, cluster: 1 };
         // SAFETY: the kernels' parameters in order; every tensor has an entry a row.
         unsafe {
             self.device.launch(
