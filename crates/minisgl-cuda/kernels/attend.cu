@@ -17,6 +17,10 @@
 #define QKV ((GROUP + 2) * DIM)
 // Tiles on their way, two of each warp: a place in the ring is always the same warp's.
 #define STAGES (2 * WARPS)
+// At which the summing warps say that they have read the first matrix, and the tiles: of all barriers racecheck
+// takes number 0 alone for an order of reads and the writes behind them.
+#define FIRST_IS_READ (RACE_CHECKED ? 0 : 3)
+#define TILES_ARE_READ (RACE_CHECKED ? 0 : 4)
 // Pairs of a row and a block that has tiles of it, counted by the sum of both.
 #define PAIRS_MAX (ROWS + CLUSTER - 1)
 
@@ -216,13 +220,13 @@ attend(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
             }
         };
         fetch_tiles(0);
-        named_barrier(3, THREADS + 32);
+        named_barrier(FIRST_IS_READ, THREADS + 32);
         fetch_tiles(WARPS);
         // The second matrix, but what lies where there are tiles yet.
         bool has_room = count <= second / STAGE_BYTES;
         fetch_second(has_room ? 0 : LATE, SECOND * 16);
         // All tiles are done.
-        named_barrier(4, THREADS + 32);
+        named_barrier(TILES_ARE_READ, THREADS + 32);
         if (!has_room) fetch_second(0, LATE);
         end_copies();
         wait_for_copies<0>();
@@ -241,7 +245,7 @@ attend(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
     multiply<FIRST>(memory + first, memory + x, HIDDEN, all_sums, [&] {
         // In its place come tiles, sums and the second matrix.
         publish_shared();
-        named_leave(3, THREADS + 32);
+        named_leave(FIRST_IS_READ, THREADS + 32);
         named_barrier(1, THREADS);
     });
     bf16 *qkv = (bf16 *)(memory + raw);
@@ -347,7 +351,7 @@ attend(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
         if (tile < work.to) named_barrier(1, THREADS);
     }
 
-    named_leave(4, THREADS + 32);
+    named_leave(TILES_ARE_READ, THREADS + 32);
     barrier_wait_for_cluster(parts_here, 0);
     for (int i = threadIdx.x; i < r.rows * GROUP * DIM / 4; i += THREADS) {
         int row = i / (GROUP * DIM / 4), value = i % (GROUP * DIM / 4) * 4, head = value / DIM;
