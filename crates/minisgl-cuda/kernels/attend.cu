@@ -86,8 +86,8 @@ struct Work {
     int first_block[ROWS], last_block[ROWS];
     int rows, from, to, window;
 
-    __device__ __forceinline__ int row_at(int tile) const {
-        int row = 0;
+    // The row of a tile that is not in front of row `row`.
+    __device__ __forceinline__ int row_at(int tile, int row = 0) const {
         while (row + 1 < rows && before[row + 1] <= tile) row++;
         return row;
     }
@@ -128,10 +128,11 @@ __device__ __forceinline__ int parts_bytes(const Work &work) {
     return pairs * GROUP * (DIM * 4 + 16);
 }
 
-// Row of the cache at which the tile begins.
-__device__ __forceinline__ int find(const Args &a, const Work &work, int tile, int kv_head) {
+// Row of the cache at which the tile begins, which is not in front of row `row`.
+__device__ __forceinline__ int find(const Args &a, const Work &work, int tile, int row, int kv_head) {
     if (tile >= work.to) return 0;
-    int row = work.row_at(tile), token = (work.first_seen(row) + tile - work.before[row]) * TILE;
+    row = work.row_at(tile, row);
+    int token = (work.first_seen(row) + tile - work.before[row]) * TILE;
     int page = a.page_table[(long long)work.slots[row] * a.pages_a_row + (token >> a.page_shift)];
     return (page * a.kv_heads + kv_head << a.page_shift) + (token & (1 << a.page_shift) - 1);
 }
@@ -211,7 +212,7 @@ attend(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
         }
         named_arrive(2, THREADS + 32);
         // Each warp's first two tiles, the second ones when the first matrix is no longer in their place.
-        int count = work.to - work.from, place = find(a, work, work.from + lane, kv_head);
+        int count = work.to - work.from, place = find(a, work, work.from + lane, 0, kv_head);
         auto fetch_tiles = [&](int from) {
 #pragma unroll 1
             for (int i = from; i < from + WARPS; i++) {
@@ -265,22 +266,23 @@ attend(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
     named_barrier(2, THREADS + 32);
     // Where the tiles are that this warp fetches, a lane a tile.
     int places = 0;
-    // What the rotation reads.
-    if (work.from < work.to && lane < DIM / 32) {
-        if (a.q_norm) prefetch_near(a.q_norm + lane * 32);
-        if (a.k_norm) prefetch_near(a.k_norm + lane * 32);
-        prefetch_near(a.rope + (long long)(work.lens[work.row_at(work.from)] - 1) * DIM + lane * 32);
+    // The row of the first one, and what norms and rotates its q.
+    auto angles_of = [&](int row) { return a.rope + (long long)(work.lens[row] - 1) * DIM; };
+    int row = work.row_at(work.from);
+    Head head;
+    if (work.from < work.to) {
+        head.read_factors(a.q_norm, angles_of(row));
+        if (a.k_norm && lane < DIM / 32) prefetch_near(a.k_norm + lane * 32);
     }
     barrier_wait_for_cluster(raw_here, 0);
 
-    float scale = (a.scores.soft_cap > 0.f ? 1.f : a.scores.scale) * 1.4426950408889634f;
+    float scale = a.scores.power_of_2_scale();
     for (int tile = work.from; tile < work.to;) {
-        int row = work.row_at(tile), end = min(work.to, work.before[row + 1]), kv_len = work.lens[row];
-        const float *angles = a.rope + (long long)(kv_len - 1) * DIM;
+        int end = min(work.to, work.before[row + 1]), kv_len = work.lens[row];
+        const float *angles = angles_of(row);
         bf16 *rotated = (bf16 *)(memory + q);
         for (int i = warp; i < GROUP; i += WARPS) {
-            Head head;
-            head.read(qkv + row * QKV + i * DIM, a.q_norm, a.q_eps, a.q_shift, angles);
+            head.read_numbers(qkv + row * QKV + i * DIM, a.q_norm, a.q_eps, a.q_shift);
 #pragma unroll
             for (int j = 0; j < PAIRS_A_LANE; j++) {
                 if (!Head::holds(j)) continue;
@@ -296,7 +298,7 @@ attend(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
         mine.clear();
         for (int i = tile - work.from + (warp - (tile - work.from) & WARPS - 1); i < end - work.from; i += WARPS) {
             int inside = work.from + i - work.before[row], round = i / WARPS, next = i + STAGES;
-            if (round % 32 == 0 && work.from + next < work.to) places = find(a, work, work.from + next + lane * WARPS, kv_head);
+            if (round % 32 == 0 && work.from + next < work.to) places = find(a, work, work.from + next + lane * WARPS, row, kv_head);
             barrier_wait(ring.full_at(i), ring.parity(i));
             if (work.from + i == work.before[row + 1] - 1) {
                 int slot = a.store_at[row];
@@ -347,8 +349,11 @@ attend(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
             }
         }
         tile = end;
+        if (tile == work.to) break;
+        row = work.row_at(tile, row);
+        head.read_factors(a.q_norm, angles_of(row));
         // `rotated` and the sums are written anew.
-        if (tile < work.to) named_barrier(1, THREADS);
+        named_barrier(1, THREADS);
     }
 
     named_leave(TILES_ARE_READ, THREADS + 32);

@@ -1,7 +1,11 @@
 // Attention of one token's group of query heads over tiles of 16 tokens in shared memory, by warps.
 //
-// A tile is [K, V][part][16] rows of 128 bytes in the 128-byte swizzle, where a part is 64 dimensions.
+// A tile is [K, V][part][16] rows of 128 bytes in the 128-byte swizzle, where a part is 64 dimensions. SOFT_CAP:
+// scores may have a soft cap.
 
+#ifndef SOFT_CAP
+#define SOFT_CAP 1
+#endif
 #define TILE 16
 #define PARTS (DIM / 64)
 #define MATRIX_BYTES (TILE * DIM * 2)
@@ -12,30 +16,43 @@
 #define SUMS_STRIDE (DIM + 8)
 
 // How scores are made of products, and which tokens count.
-struct Scores { float scale, soft_cap; int window; };
+struct Scores {
+    float scale, soft_cap;
+    int window;
+
+    // What is multiplied with a score, or with a capped one, to make its exponential a power of 2.
+    __device__ __forceinline__ float power_of_2_scale() const { return (SOFT_CAP && soft_cap > 0.f ? 1.f : scale) * 1.4426950408889634f; }
+};
 
 // A head's `DIM` numbers over a warp: lane l holds pairs l, l + 32, .. of the low half and of the high.
 struct Head {
-    float2 low[PAIRS_A_LANE], high[PAIRS_A_LANE], cosines[PAIRS_A_LANE], sines[PAIRS_A_LANE];
+    float2 low[PAIRS_A_LANE], high[PAIRS_A_LANE], w_low[PAIRS_A_LANE], w_high[PAIRS_A_LANE], cosines[PAIRS_A_LANE], sines[PAIRS_A_LANE];
 
     static __device__ bool holds(int j) { return 2 * (int(threadIdx.x & 31) + 32 * j) < DIM / 2; }
     static __device__ int index(int j) { return 2 * ((threadIdx.x & 31) + 32 * j); }
 
-    // Reads all that it needs before it computes; a null weight is no norm.
-    __device__ void read(const bf16 *from, const float *weight, float eps, float shift, const float *angles) {
-        float2 w_low[PAIRS_A_LANE], w_high[PAIRS_A_LANE];
+    // The norm's weights and the rotation's angles, whatever the numbers are. A null weight is no norm.
+    __device__ void read_factors(const float *weight, const float *angles) {
+#pragma unroll
+        for (int j = 0; j < PAIRS_A_LANE; j++) {
+            w_low[j] = w_high[j] = cosines[j] = sines[j] = make_float2(0.f, 0.f);
+            if (!holds(j)) continue;
+            int i = index(j);
+            if (weight) w_low[j] = *(const float2 *)(weight + i), w_high[j] = *(const float2 *)(weight + i + DIM / 2);
+            cosines[j] = *(const float2 *)(angles + i), sines[j] = *(const float2 *)(angles + i + DIM / 2);
+        }
+    }
+    // The numbers, normed.
+    __device__ void read_numbers(const bf16 *from, bool is_normed, float eps, float shift) {
         float squares = 0.f;
 #pragma unroll
         for (int j = 0; j < PAIRS_A_LANE; j++) {
-            low[j] = high[j] = w_low[j] = w_high[j] = cosines[j] = sines[j] = make_float2(0.f, 0.f);
+            low[j] = high[j] = make_float2(0.f, 0.f);
             if (!holds(j)) continue;
-            int i = index(j);
-            u32 l = *(const u32 *)(from + i), h = *(const u32 *)(from + i + DIM / 2);
-            if (weight) w_low[j] = *(const float2 *)(weight + i), w_high[j] = *(const float2 *)(weight + i + DIM / 2);
-            cosines[j] = *(const float2 *)(angles + i), sines[j] = *(const float2 *)(angles + i + DIM / 2);
+            u32 l = *(const u32 *)(from + index(j)), h = *(const u32 *)(from + index(j) + DIM / 2);
             low[j] = make_float2(low_half(l), high_half(l)), high[j] = make_float2(low_half(h), high_half(h));
         }
-        if (!weight) return;
+        if (!is_normed) return;
 #pragma unroll
         for (int j = 0; j < PAIRS_A_LANE; j++)
             squares += low[j].x * low[j].x + low[j].y * low[j].y + high[j].x * high[j].x + high[j].y * high[j].y;
@@ -45,6 +62,10 @@ struct Head {
             low[j].x *= factor * (w_low[j].x + shift), low[j].y *= factor * (w_low[j].y + shift);
             high[j].x *= factor * (w_high[j].x + shift), high[j].y *= factor * (w_high[j].y + shift);
         }
+    }
+    __device__ void read(const bf16 *from, const float *weight, float eps, float shift, const float *angles) {
+        read_factors(weight, angles);
+        read_numbers(from, weight, eps, shift);
     }
     // Packed as it is written: the low half's pair j, and the high half's.
     __device__ uint2 rotated(int j) const {
@@ -126,16 +147,21 @@ struct Sums {
     // The tile's tokens are `base` and the 15 behind it.
     __device__ void add(const Scores &a, int kv_len, int base, u32 tile, const Queries &q) {
         int lane = threadIdx.x & 31, t = lane & 3;
-        float x[2][4] = {};
+        // By turns, so that products wait less for the ones before.
+        float turns[2][2][4] = {}, (&x)[2][4] = turns[0];
         u32 b[4];
 #pragma unroll
         for (int i = 0; i < DIM / 16; i++) {
             load_matrices(b, tile + in_tile((lane & 7) + (lane >> 4) * 8, 2 * i + (lane >> 3 & 1)));
             u32 low = HALVES > 1 ? q.low[i][1] : 0, high = HALVES > 1 ? q.high[i][1] : 0;
-            mma(x[0], q.low[i][0], low, q.high[i][0], high, b[0], b[1]);
-            mma(x[1], q.low[i][0], low, q.high[i][0], high, b[2], b[3]);
+            mma(turns[i % 2][0], q.low[i][0], low, q.high[i][0], high, b[0], b[1]);
+            mma(turns[i % 2][1], q.low[i][0], low, q.high[i][0], high, b[2], b[3]);
         }
-        float scale = (a.soft_cap > 0.f ? 1.f : a.scale) * 1.4426950408889634f;
+#pragma unroll
+        for (int n = 0; n < 2; n++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) x[n][e] += turns[1][n][e];
+        float scale = a.power_of_2_scale();
         bool whole = base + TILE <= kv_len && (a.window <= 0 || base >= kv_len - a.window);
 #pragma unroll
         for (int h = 0; h < HALVES; h++) {
@@ -145,7 +171,7 @@ struct Sums {
 #pragma unroll
                 for (int e = 0; e < 2; e++) {
                     float &y = x[n][2 * h + e];
-                    if (a.soft_cap > 0.f) y = a.soft_cap * tanhf(y * a.scale / a.soft_cap);
+                    if (SOFT_CAP && a.soft_cap > 0.f) y = a.soft_cap * tanhf(y * a.scale / a.soft_cap);
                     int token = base + n * 8 + 2 * t + e;
                     if (!whole && (token >= kv_len || (a.window > 0 && token < kv_len - a.window))) y = -infinity();
                     best = fmaxf(best, y);

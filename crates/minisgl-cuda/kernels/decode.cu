@@ -252,8 +252,8 @@ __device__ __forceinline__ void merge_all(const Args &a, const Work &work, const
 // their sums of it.
 __device__ __forceinline__ Segment sum_all(const Args &a, const Work &work, const Shared &shared, Ring ring, Segment s) {
     int warp = threadIdx.x / 32, lane = threadIdx.x & 31, g = lane / 4, t = lane & 3, group = a.q_heads / a.kv_heads;
-    float scale = (a.soft_cap > 0.f ? 1.f : a.scale) * 1.4426950408889634f;
     const Scores scores = {a.scale, a.soft_cap, a.window};
+    float scale = scores.power_of_2_scale();
     ring.skip(warp);
     auto prepare = [&](const Segment &of, int turn) {
         prepare_q(a, work, of, shared.q + (turn & 1) * 8 * HALVES * Q_STRIDE);

@@ -172,6 +172,7 @@ fn attend_variant(block: Block, heads: Heads) -> Key {
         ("FIRST", block.first as i32),
         ("SECOND", block.second as i32),
         ("LATE", block.late as i32),
+        ("SOFT_CAP", 0),
     ];
     (Module::Attend, defines)
 }
@@ -210,7 +211,8 @@ impl CudaBackend {
         let pages = batch.page_size.is_power_of_two() && batch.page_size >= TILE;
         let decodes = batch.decode_rows == batch.tokens;
         let Some(block) = Block::attend(hidden.row_len(), heads) else { return Ok(false) };
-        if !(pages && decodes && self.can_fuse(hidden, clusters)) {
+        if a.attention.soft_cap.is_some() || !(pages && decodes && self.can_fuse(hidden, clusters))
+        {
             return Ok(false);
         }
         let (module, defines) = attend_variant(block, heads);

@@ -91,6 +91,7 @@ fn kernels_compile_without_spills() {
                 ("FIRST", (group + 2) * dim / 128),
                 ("SECOND", 8),
                 ("LATE", 19),
+                ("SOFT_CAP", 0),
             ];
             check(Module::Attend, &defines, arch, false, true);
         }
