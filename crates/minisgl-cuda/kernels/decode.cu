@@ -2,8 +2,9 @@
 // their page, and softmax(scale · q·kᵀ) · v over the row's pages, in one kernel.
 //
 // A unit is a row's KV head with its whole group of query heads, a tile 16 tokens of a unit. All units'
-// tiles, behind one another, are divided evenly between the blocks, whatever the rows' lengths. A block's
-// warps have three trades, and none waits for another but through barriers in shared memory:
+// tiles, behind one another, are divided evenly between the blocks, whatever the rows' lengths: once a step, by
+// `plan`, in front of its first layer. A block's warps have three trades, and none waits for another but through
+// barriers in shared memory:
 //   - FETCHERS fetch tiles by the bulk copy engine, `stages` ahead, before the kernels in front are done:
 //     earlier tokens' K and V are older than this step, and the new token's are put into the tile in
 //     shared memory;
@@ -30,18 +31,21 @@ __device__ __forceinline__ void add_token(const Args &a, const Segment &s, u32 t
 
 // The unit's q, normed and rotated, a warp a head. Behind the group, and of members that a lot does not have,
 // whatever was there.
-__device__ __forceinline__ void prepare_q(const Args &a, const Work &work, const Segment &s, bf16 *q) {
+__device__ __forceinline__ void prepare_q(const Args &a, const Segment &s, bf16 *q) {
     int warp = threadIdx.x / 32, group = a.q_heads / a.kv_heads;
 #pragma unroll 1
     for (int i = warp; i < UNIT_HEADS; i += WARPS) {
-        int row = s.row, head = i;
+        int row = s.row, head = i, kv_len = s.kv_len;
 #if CASCADE
-        if (!is_own(a, row)) row = member(a, row, i / group), head = i % group;
-        if (row < 0) continue;
+        if (!is_own(a, row)) {
+            row = member(a, row, i / group), head = i % group;
+            if (row < 0) continue;
+            kv_len = a.kv_len[row];
+        }
 #endif
         Head x;
         const bf16 *from = a.qkv + ((long long)row * (a.q_heads + 2 * a.kv_heads) + s.kv_head * group + head) * DIM;
-        x.read(from, a.q_norm, a.q_eps, a.q_shift, a.rope + (long long)(work.lens[row] - 1) * DIM);
+        x.read(from, a.q_norm, a.q_eps, a.q_shift, a.rope + (long long)(kv_len - 1) * DIM);
 #pragma unroll
         for (int j = 0; j < PAIRS_A_LANE; j++) {
             if (!Head::holds(j)) continue;
@@ -203,8 +207,8 @@ __device__ __forceinline__ void merge(const Args &a, const Work &work, const Seg
     if (team.warps == 1) lanes_arrive(shared.sums_free);
     bool is_done = team.head_of(lane) < UNIT_HEADS;
     if (!whole) {
-        int begin = work.before[s.row] * a.kv_heads + s.kv_head * s.tiles;
-        int first_block = begin / work.share, blocks = (begin + s.tiles - 1) / work.share - first_block + 1;
+        int begin = work.entries[s.row].before * a.kv_heads + s.kv_head * s.tiles;
+        int first_block = begin / work.size, blocks = (begin + s.tiles - 1) / work.size - first_block + 1;
         int *arrived = a.arrived + (s.row * a.kv_heads + s.kv_head) * 16 + team.head_of(lane);
         is_done = is_done && arrive_at(arrived) == blocks - 1;
         if (is_done) *arrived = 0;
@@ -256,7 +260,7 @@ __device__ __forceinline__ Segment sum_all(const Args &a, const Work &work, cons
     float scale = scores.power_of_2_scale();
     ring.skip(warp);
     auto prepare = [&](const Segment &of, int turn) {
-        prepare_q(a, work, of, shared.q + (turn & 1) * 8 * HALVES * Q_STRIDE);
+        prepare_q(a, of, shared.q + (turn & 1) * 8 * HALVES * Q_STRIDE);
         warp_arrives(shared.q_full + 8 * (turn & 1));
     };
     for (int next = warp, turn = 0;; turn++) {
@@ -308,16 +312,29 @@ __device__ __forceinline__ Segment sum_all(const Args &a, const Work &work, cons
     return s;
 }
 
+extern "C" __global__ void __launch_bounds__(PLANNED) plan(const Args a) {
+    __shared__ Entry entries[ENTRIES_MAX + 1];
+    let_next_start();
+    // In a graph, page table and lengths are older than all its kernels.
+    if (!a.early) wait_for_previous();
+    Work work = divide(a, entries);
+    int place = find(a, work, threadIdx.x / 32 + (threadIdx.x & 31) * FETCHERS);
+    // Kernels in front may still read the last plan.
+    wait_for_previous();
+    BlockPlan &block = a.plan[blockIdx.x];
+    block.places[threadIdx.x] = place;
+    if (threadIdx.x == 0) {
+        block.share = work;
+        if (work.tiles() > 0) block.first = work.at(0);
+    }
+    for (int i = blockIdx.x * blockDim.x + threadIdx.x; i <= ENTRIES; i += gridDim.x * blockDim.x) a.entries[i] = entries[i];
+}
+
 extern "C" __global__ void __launch_bounds__(32 * (WARPS + FETCHERS + 1), 1)
 decode(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map, const Args a) {
     extern __shared__ unsigned char memory[];
     __shared__ u64 barrier_words[2 * STAGES_MAX + 4];
-    __shared__ int before[ENTRIES_MAX + 1], lens[ENTRIES_MAX], slots[ENTRIES_MAX];
-#if CASCADE
-    __shared__ int skipped[ENTRIES_MAX];
-#else
-    int *skipped = nullptr;
-#endif
+    __shared__ Entry entries[ENTRIES_MAX + 1];
     __shared__ float2 tops[WARPS][16];
     let_next_start();
     int warp = threadIdx.x / 32;
@@ -329,15 +346,20 @@ decode(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
     float *sums = (float *)(behind + 2 * 8 * HALVES * Q_STRIDE * 2);
     Shared shared = {q, sums, tops, barriers, barriers + 16, barriers + 24};
     Ring ring = {tiles, barriers + 32, barriers + 32 + 8 * a.stages, a.stages};
-    // In a graph, page table and lengths are older than all its kernels.
+    // In a graph, the plan is there, and page table and lengths are older than all its kernels.
     if (!a.early) wait_for_previous();
-    Work work = divide(a, before, lens, slots, skipped);
-    if (fetches && work.from < work.to) fetch_all(a, work, k_map, v_map, ring, warp - WARPS);
+    const BlockPlan *plan = a.plan + blockIdx.x;
+    int place = fetches ? __ldcg(plan->places + threadIdx.x - 32 * WARPS) : 0;
+    Work work = {load_planned(&plan->share), entries};
+    Segment s = load_planned(&plan->first);
+    if (fetches) init_stages(ring, warp - WARPS);
+    bool has_any = work.tiles() > 0;
+    if (has_any && fetches) fetch_all(a, work, place, k_map, v_map, ring, warp - WARPS);
+    else if (has_any && warp >= WARPS) read_entries(a, work, entries);
     wait_for_previous();
-    if (work.from == work.to || fetches) return;
-    Segment s = work.at(0);
+    if (!has_any || fetches) return;
     if (warp < WARPS) {
-        prepare_q(a, work, s, q);
+        prepare_q(a, s, q);
     } else if ((threadIdx.x & 31) == 0) {
         barrier_init(shared.q_full, ARRIVALS(WARPS)), barrier_init(shared.q_full + 8, ARRIVALS(WARPS));
         barrier_init(shared.sums_full, ARRIVALS(WARPS)), barrier_init(shared.sums_free, ARRIVALS(1));

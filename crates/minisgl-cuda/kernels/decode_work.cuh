@@ -1,4 +1,10 @@
 // How `decode.cu` divides a step's rows between blocks, and fetches a block's tiles.
+//
+// `plan` divides once a step, for all layers whose heads and window are alike, and leaves in memory:
+//   - for each block a `BlockPlan`: its share, and where its first tiles begin, which the fetching warps then ask
+//     for after one read. Later tiles are looked up while earlier ones come;
+//   - the `Entry`s, of which a block's merging warp reads those that the block needs.
+// A place in the cache is counted in rows of DIM, KV heads in between, from the layer's first: the same in all layers.
 
 // With 9 warps in all, a thread can have the registers that heads of 256 take, and on 10.0 all heads.
 #define WARPS (DIM <= 128 && __CUDA_ARCH__ < 1000 ? 8 : 6)
@@ -14,18 +20,24 @@
 #define ENTRIES_MAX ROWS_MAX
 #endif
 #define STAGES_MAX 48
-// Named barriers: of the summing warps, behind the last sums; of all, before the first tile.
+// Named barriers: of the summing warps, behind the last sums; of all, before the first tile; of the fetching and the
+// merging warps, when the block's entries are there.
 #define SUMMED 1
 #define READY 2
+#define ENTRIES_READ 3
 // A head's sums in `partial`: with its best score and its sum of weights behind them.
 #define PARTIAL_STRIDE (DIM + 4)
 
+struct BlockPlan;
+struct Entry;
 struct Args {
     bf16 *qkv; bf16 *k_pages; bf16 *v_pages; bf16 *out;
     const int *slots; const int *kv_len; const int *page_table; const int *store_at;
     const float *rope; const float *q_norm; const float *k_norm;
     float *partial;
     int *arrived;          // [entries, kv_heads, 16]: parts of a head that are there
+    BlockPlan *plan;       // [blocks]
+    Entry *entries;        // [entries + 1]
     int rows, pages_a_row, page_shift, q_heads, kv_heads, stages, window, early;
     float q_eps, q_shift, k_eps, k_shift, scale, soft_cap;
 #if CASCADE
@@ -48,7 +60,7 @@ __device__ __forceinline__ int member(const Args &a, int entry, int i) { return 
 // What a block takes of a unit, from its tile `index` on: tiles `first..last` of the row's `tiles`, counted
 // from its first seen one.
 // With CASCADE, a `row` is an entry: one of the rows, or behind them one of the lots.
-struct Segment {
+struct __align__(16) Segment {
     int row, kv_head, kv_len, index, first, last, tiles, seen_from;
     __device__ __forceinline__ int end() const { return index + last - first; }
     // Whether a warp that sums takes any of its tiles.
@@ -66,15 +78,17 @@ struct Segment {
 #define SUM_HEADS group
 #endif
 
-// All rows: the tiles before each one for one KV head, its length, its slot. And this block's tiles, in
-// the order in which it takes them: those of a unit that goes on in the next block first. They are of rows
-// `first_row` to `last_row`.
-struct Work {
-    const int *before, *lens, *slots;
-#if CASCADE
-    const int *skipped;
-#endif
-    int kv_heads, from, to, share, window, ahead = 0, first_row = 0, last_row = 0;
+// One KV head's tiles before the entry (behind the last entry: all of them), the entry's tokens, its slot in the page
+// table, and the tiles of it that are not its own or not seen.
+struct __align__(16) Entry { int before, len, slot, skipped; };
+
+// A block's tiles: `from` to `to` of all, of rows `first_row` to `last_row`; `size` of them where there are so many. The
+// block begins with those behind its first `ahead`: of a unit that goes on in the next block.
+struct __align__(16) Share { int from, to, size, ahead, first_row, last_row, kv_heads; };
+
+// A block's share, and the entries in its shared memory: of its rows, and the one behind these.
+struct Work : Share {
+    const Entry *entries;
 
     __device__ __forceinline__ int tiles() const { return to - from; }
     // The last of the block's rows that begins at or before `position`.
@@ -82,7 +96,7 @@ struct Work {
         int low = first_row, high = last_row;
         while (low < high) {
             int middle = (low + high + 1) / 2;
-            if (before[middle] * kv_heads <= position) low = middle;
+            if (entries[middle].before * kv_heads <= position) low = middle;
             else high = middle - 1;
         }
         return low;
@@ -94,7 +108,7 @@ struct Work {
 #pragma unroll
         for (int apart = 32; apart > 0; apart /= 32) {
             int look = row + lane * apart;
-            row += apart * (__popc(__ballot_sync(~0u, look < rows && before[look] * kv_heads <= position)) - 1);
+            row += apart * (__popc(__ballot_sync(~0u, look < rows && entries[look].before * kv_heads <= position)) - 1);
         }
         return row;
     }
@@ -105,83 +119,96 @@ struct Work {
         Segment s;
         s.index = index;
         s.row = row_at(position);
-        s.tiles = before[s.row + 1] - before[s.row], s.kv_len = lens[s.row];
-        int inside = position - before[s.row] * kv_heads;
+        const Entry &entry = entries[s.row];
+        s.tiles = entries[s.row + 1].before - entry.before, s.kv_len = entry.len, s.seen_from = entry.skipped;
+        int inside = position - entry.before * kv_heads;
         s.kv_head = inside / s.tiles, s.first = inside % s.tiles;
         s.last = min(s.tiles, s.first + to - position);
-#if CASCADE
-        s.seen_from = skipped[s.row];
-#else
-        s.seen_from = window > 0 ? max(0, s.kv_len - window) / TILE : 0;
-#endif
         return s;
     }
 };
 
-// An entry's tokens, its slot in the page table, and the tiles of it that are not its own or not seen.
-struct Entry { int len, slot, skipped; };
+// Tiles of a block whose places are planned: so many for each lane of the fetching warps.
+#define PLANNED (32 * FETCHERS)
+
+struct BlockPlan {
+    Share share;
+    Segment first;        // the share's; not written where there are no tiles
+    int places[PLANNED];  // [FETCHERS][32]: a fetching warp's tiles, 0 where there are none
+};
+
+// Of what `plan` wrote: past L1, which may hold another step's.
+template <typename V> __device__ __forceinline__ V load_planned(const V *from) {
+    union { uint4 words[sizeof(V) / 16]; V value; } x;
+#pragma unroll
+    for (int i = 0; i < int(sizeof(V) / 16); i++) x.words[i] = __ldcg((const uint4 *)from + i);
+    return x.value;
+}
+
+// Without the tiles before it.
 __device__ __forceinline__ Entry entry_at(const Args &a, int i) {
 #if CASCADE
     if (!is_own(a, i)) {
         int len = a.lot_tokens[i - a.rows];
-        return {len, len > 0 ? a.slots[member(a, i, 0)] : 0, 0};
+        return {0, len, len > 0 ? a.slots[member(a, i, 0)] : 0, 0};
     }
     int len = a.kv_len[i], slot = a.slots[i], covered = a.covered[i];
-    return {len, slot, len > 0 ? covered / TILE : 0};
+    return {0, len, slot, len > 0 ? covered / TILE : 0};
 #else
     int len = a.kv_len[i], slot = a.slots[i];
-    return {len, slot, a.window > 0 ? max(0, len - a.window) / TILE : 0};
+    return {0, len, slot, a.window > 0 ? max(0, len - a.window) / TILE : 0};
 #endif
 }
 
-// Fills the rows and divides the tiles. Each warp does so by itself, and writes what the others do: none waits
+// Fills the entries and divides the tiles. Each warp does so by itself, and writes what the others do: none waits
 // for another.
-__device__ __forceinline__ Work divide(const Args &a, int *before, int *lens, int *slots, int *skipped) {
+__device__ __forceinline__ Work divide(const Args &a, Entry *entries) {
     const int EACH = 4; // Rows of a lane that it reads at once.
     int lane = threadIdx.x & 31, total = 0;
 #pragma unroll 1
     for (int base = 0; base < ENTRIES; base += 32 * EACH) {
-        Entry entries[EACH];
-        int row = base + lane * EACH, tiles[EACH], mine = 0;
+        Entry mine[EACH];
+        int row = base + lane * EACH, tiles[EACH], sum = 0;
 #pragma unroll
-        for (int i = 0; i < EACH; i++) entries[i] = row + i < ENTRIES ? entry_at(a, row + i) : Entry{0, 0, 0};
+        for (int i = 0; i < EACH; i++) mine[i] = row + i < ENTRIES ? entry_at(a, row + i) : Entry{};
 #pragma unroll
-        for (int i = 0; i < EACH; i++) mine += tiles[i] = (entries[i].len + TILE - 1) / TILE - entries[i].skipped;
-        int sum = mine;
+        for (int i = 0; i < EACH; i++) sum += tiles[i] = (mine[i].len + TILE - 1) / TILE - mine[i].skipped;
+        int before = total - sum;
 #pragma unroll
         for (int i = 1; i < 32; i *= 2) {
             int other = __shfl_up_sync(~0u, sum, i);
             if (lane >= i) sum += other;
         }
-        int ahead = total + sum - mine;
+        before += sum;
 #pragma unroll
         for (int i = 0; i < EACH; i++) {
-            if (row + i < ENTRIES) {
-                before[row + i] = ahead, lens[row + i] = entries[i].len, slots[row + i] = entries[i].slot;
-#if CASCADE
-                skipped[row + i] = entries[i].skipped;
-#endif
-            }
-            ahead += tiles[i];
+            mine[i].before = before, before += tiles[i];
+            if (row + i < ENTRIES) entries[row + i] = mine[i];
         }
         total += __shfl_sync(~0u, sum, 31);
     }
-    if (lane == 0) before[ENTRIES] = total;
+    if (lane == 0) entries[ENTRIES] = {total, 0, 0, 0};
     if (RACE_CHECKED) __syncthreads();
     else __syncwarp();
     // So few blocks that each warp of theirs has a tile.
-    int all = total * a.kv_heads, share = max(WARPS, (all + int(gridDim.x) - 1) / int(gridDim.x));
-    int from = min(all, int(blockIdx.x) * share), to = min(all, from + share);
-#if CASCADE
-    Work work = {before, lens, slots, skipped, a.kv_heads, from, to, share, a.window};
-#else
-    Work work = {before, lens, slots, a.kv_heads, from, to, share, a.window};
-#endif
+    int all = total * a.kv_heads, size = max(WARPS, (all + int(gridDim.x) - 1) / int(gridDim.x));
+    int from = min(all, int(blockIdx.x) * size), to = min(all, from + size);
+    Work work = {{from, to, size, 0, 0, 0, a.kv_heads}, entries};
     if (from == to) return work;
     work.first_row = work.row_of_all_at(from, ENTRIES), work.last_row = work.row_of_all_at(to - 1, ENTRIES);
-    int row = work.last_row, begun = (to - before[row] * a.kv_heads) % (before[row + 1] - before[row]);
+    const Entry *last = entries + work.last_row;
+    int begun = (to - last->before * a.kv_heads) % (last[1].before - last->before);
     work.ahead = max(0, to - from - begun);
     return work;
+}
+
+// The entries that the block needs, from memory: for all who meet at READY, and for warps that fetch tiles
+// behind the planned ones.
+__device__ __forceinline__ void read_entries(const Args &a, const Work &work, Entry *entries) {
+    for (int row = work.first_row + int(threadIdx.x & 31); row <= work.last_row + 1; row += 32)
+        entries[row] = load_planned(a.entries + row);
+    __syncwarp();
+    if (work.tiles() > PLANNED) named_leave(ENTRIES_READ, 32 * (FETCHERS + 1));
 }
 
 struct Ring {
@@ -198,27 +225,36 @@ __device__ __forceinline__ int find(const Args &a, const Work &work, int index) 
     if (index >= work.tiles()) return 0;
     Segment s = work.at(index);
     int token = (s.seen_from + s.first) * TILE, inside = token & (1 << a.page_shift) - 1;
-    int page = a.page_table[(long long)work.slots[s.row] * a.pages_a_row + (token >> a.page_shift)];
+    int page = a.page_table[(long long)work.entries[s.row].slot * a.pages_a_row + (token >> a.page_shift)];
     return (page * a.kv_heads + s.kv_head << a.page_shift) + inside;
 }
 
-// Of every FETCHERS tiles of the block's share, the one that is this warp's; the stages that it fetches into
-// have their barriers from it. Lanes look up 32 tiles while 32 are fetched.
-__device__ __forceinline__ void fetch_all(const Args &a, const Work &work, const TensorMap &k_map, const TensorMap &v_map, Ring ring, int fetcher) {
-    int lane = threadIdx.x & 31, next = find(a, work, fetcher + lane * FETCHERS);
-    if (lane == 0) {
+// The barriers of the stages that a warp fetches into, by this warp.
+__device__ __forceinline__ void init_stages(const Ring &ring, int fetcher) {
+    if ((threadIdx.x & 31) == 0) {
 #pragma unroll 1
         for (int i = fetcher; i < ring.stages; i += FETCHERS) barrier_init(ring.full + 8 * i, 1), barrier_init(ring.free + 8 * i, ARRIVALS(1));
         publish_barriers();
     }
     __syncwarp();
+}
+
+// Of every FETCHERS tiles of the block's share, the one that is this warp's, of which each lane has the `place` of one
+// of the first 32. Lanes look up 32 tiles while 32 are fetched.
+__device__ __forceinline__ void fetch_all(const Args &a, const Work &work, int place, const TensorMap &k_map, const TensorMap &v_map, Ring ring, int fetcher) {
+    int lane = threadIdx.x & 31, next = place;
+    // When some are on their way, which all had room at once: none waits for a warp that waits for the entries.
+    int look = min(4, ring.stages / FETCHERS);
     named_arrive(READY, blockDim.x);
     ring.skip(fetcher);
-    for (int first = fetcher; first < work.tiles(); first += 32 * FETCHERS) {
+    for (int first = fetcher; first < work.tiles(); first += PLANNED) {
         int now = next;
         for (int i = 0; i < 32 && first + i * FETCHERS < work.tiles(); i++, ring.skip(FETCHERS)) {
-            // When some are on their way.
-            if (i == 4) next = find(a, work, first + (32 + lane) * FETCHERS);
+            if (i == look && work.tiles() > PLANNED) {
+                __syncwarp();
+                if (first == fetcher) named_barrier(ENTRIES_READ, 32 * (FETCHERS + 1));
+                next = find(a, work, first + PLANNED + lane * FETCHERS);
+            }
             int y = __shfl_sync(~0u, now, i);
             if (lane > 0) continue;
             u32 barrier = ring.full + 8 * ring.stage, to = ring.memory + ring.stage * STAGE_BYTES;

@@ -15,6 +15,7 @@ use minisgl_tensor::{
 
 use crate::choice::{AttentionKernels, Card, ModelShape};
 use crate::clock::Clock;
+use crate::decode::Plans;
 use crate::device::{Arg, Device, Function, Launch, args, driver, fail};
 use crate::fault::Fault;
 use crate::gemm::Gemm;
@@ -65,6 +66,7 @@ pub struct CudaBackend {
     pub(crate) exact: bool,
     pub(crate) attention: AttentionKernels,
     pub(crate) fault: Option<Fault>,
+    pub(crate) plans: Arc<Plans>,
     clock: Clock,
     scratch: Mutex<HashMap<&'static str, Vec<Tensor>>>,
     products: Mutex<Products>,
@@ -114,6 +116,7 @@ impl CudaBackend {
             exact,
             attention: model.map_or_else(Default::default, |model| model.allowed_kernels(card)),
             fault: Fault::from_environment(),
+            plans: Arc::default(),
             scratch: Mutex::default(),
             products: Mutex::default(),
             fuses: AtomicBool::new(true),
@@ -271,6 +274,7 @@ impl Backend for CudaBackend {
     }
 
     fn upload(&self, src: &[u8], dst: &Tensor) -> Result<()> {
+        self.plans.end_pass();
         self.staging.upload(src, dst)
     }
 
@@ -289,7 +293,10 @@ impl Backend for CudaBackend {
         // SAFETY: the stream lives; capture is ended below whatever `enqueue` does.
         unsafe { result::stream::begin_capture(self.device.stream, mode) }
             .map_err(|e| driver("cuStreamBeginCapture", e))?;
+        // No kernel of a graph changes what its plans depend on. And it makes those that it needs.
+        self.plans.begin_pass();
         let outcome = enqueue().and_then(|()| self.settle());
+        self.plans.end_pass();
         // SAFETY: as above.
         let graph = unsafe { result::stream::end_capture(self.device.stream) }
             .map_err(|e| driver("cuStreamEndCapture", e));
@@ -306,7 +313,8 @@ impl Backend for CudaBackend {
         unsafe { sys::cuGraphUpload(executable, self.device.stream) }
             .result()
             .map_err(|e| driver("cuGraphUpload", e))?;
-        Ok(Some(Box::new(CudaGraph { device: Arc::clone(&self.device), executable })))
+        let (device, plans) = (Arc::clone(&self.device), Arc::clone(&self.plans));
+        Ok(Some(Box::new(CudaGraph { device, plans, executable })))
     }
 
     fn mark(&self) -> Result<Option<Box<dyn Mark>>> {
@@ -348,6 +356,7 @@ impl Backend for CudaBackend {
     fn embed(&self, a: &Embed<'_>, out: &Tensor) -> Result<()> {
         // What a pass that failed has left of the residual stream is lost with it.
         *self.pending()? = None;
+        self.plans.begin_pass();
         let table = tensor(a.table);
         let threads = (out.row_len() / 4).next_multiple_of(32).clamp(32, 512);
         self.simple(
@@ -474,6 +483,7 @@ impl Backend for CudaBackend {
 
 struct CudaGraph {
     device: Arc<Device>,
+    plans: Arc<Plans>,
     executable: sys::CUgraphExec,
 }
 
@@ -483,6 +493,8 @@ unsafe impl Send for CudaGraph {}
 impl Graph for CudaGraph {
     fn launch(&self) -> Result<()> {
         self.device.bind()?;
+        // Its plans take the place of those that there are.
+        self.plans.end_pass();
         // SAFETY: graph and stream live.
         let launch = || unsafe {
             result::graph::launch(self.executable, self.device.stream)

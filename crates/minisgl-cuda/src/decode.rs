@@ -1,11 +1,13 @@
 //! A decode step's rotation, write and attention in one kernel, on cards with the bulk copy engine.
 
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
 use minisgl_tensor::{Attention, DType, Heads, Result, RopeStore, Tensor};
 
 use crate::attention::page_matrix;
 use crate::backend::{CudaBackend, norm_args};
 use crate::choice::{Card, DecodeKernel};
-use crate::device::{Launch, address_of, fail};
+use crate::device::{Launch, Start, address_of, fail};
 use crate::kernels::{Key, Module};
 
 /// As `Args` in `kernels/decode.cu`.
@@ -24,6 +26,8 @@ struct Args {
     k_norm: u64,
     partial: u64,
     arrived: u64,
+    plan: u64,
+    entries: u64,
     rows: i32,
     pages_a_row: i32,
     page_shift: i32,
@@ -43,7 +47,7 @@ struct Args {
 }
 
 #[repr(C)]
-#[derive(Default)]
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
 struct Lots {
     rows: u64,
     tokens: u64,
@@ -59,13 +63,17 @@ const TILE: usize = 16;
 const ROWS_MAX: usize = 512;
 const CASCADE_ROWS_MAX: usize = 256;
 const STAGES_MAX: usize = 48;
+/// Bytes of an `Entry`, and of a `BlockPlan` with the places that it has for each fetching warp.
+const ENTRY_BYTES: usize = 16;
+const BLOCK_PLAN_BYTES: usize = 64;
+const PLACES_BYTES: usize = 32 * 4;
 /// A product has so many rows: a group has no more heads.
 const GROUP_MAX: usize = 16;
 /// Tiles on their way, one for each warp where heads have 128 dimensions. With 128 KiB steps of 64 and 256
 /// rows took 0.9% and 0.6% longer.
 const TILE_BYTES: usize = 64 << 10;
 /// What a block can have, less what the kernel has of its own.
-const SHARED_BYTES: usize = 219 << 10;
+const SHARED_BYTES: usize = 217 << 10;
 
 /// A block's warps that sum and that fetch, as in `kernels/decode.cu`, and its shared memory.
 struct Block {
@@ -86,6 +94,66 @@ impl Block {
         let stages = (bytes / stage).min(STAGES_MAX) / warps * warps;
         let fetchers = if capability.0 < 10 { 2 } else { 1 };
         (stages > 0).then_some(Self { warps, fetchers, stages, shared: stages * stage + behind })
+    }
+}
+
+/// What a plan depends on: all that `divide` and `find` in `kernels/decode_work.cuh` read.
+#[derive(Clone, PartialEq, Eq)]
+struct PlanKey {
+    heads: Heads,
+    window: Option<usize>,
+    rows: usize,
+    page_size: usize,
+    pages_a_row: usize,
+    kv_len: u64,
+    slots: u64,
+    page_table: u64,
+    lots: Lots,
+}
+
+/// How decode divides its work, planned once in a forward pass for all layers whose heads and window are alike.
+#[derive(Default)]
+pub(crate) struct Plans(Mutex<PlansState>);
+
+#[derive(Default)]
+struct PlansState {
+    /// Those of the pass that has begun. None where none has: what a plan depends on may change then.
+    made: Option<Vec<PlanKey>>,
+    /// Of a pass's first plan, its second, and so on: all of one size. Captured graphs point here.
+    memory: Vec<Tensor>,
+}
+
+impl Plans {
+    /// From here on, lengths and pages stay as they are.
+    pub(crate) fn begin_pass(&self) {
+        self.state().made = Some(vec![]);
+    }
+
+    /// From here on, they may change.
+    pub(crate) fn end_pass(&self) {
+        self.state().made = None;
+    }
+
+    fn state(&self) -> MutexGuard<'_, PlansState> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Where the pass has this plan, and whether it is still to be made.
+    fn find(
+        &self,
+        key: PlanKey,
+        allocate: impl FnOnce() -> Result<Tensor>,
+    ) -> Result<(Tensor, bool)> {
+        let PlansState { made, memory } = &mut *self.state();
+        if let Some(i) = made.iter().flatten().position(|made| *made == key) {
+            return Ok((memory[i].clone(), false));
+        }
+        let i = made.as_ref().map_or(0, Vec::len);
+        if i == memory.len() {
+            memory.push(allocate()?);
+        }
+        made.iter_mut().for_each(|made| made.push(key.clone()));
+        Ok((memory[i].clone(), true))
     }
 }
 
@@ -200,6 +268,21 @@ impl CudaBackend {
         let Block { warps, fetchers, stages, shared } =
             Block::new(unit_heads, dim, self.device.capability)
                 .ok_or_else(|| fail(format!("{:?} do not fit the decode kernel", a.heads)))?;
+        let key = PlanKey {
+            heads: a.heads,
+            window: a.window,
+            rows,
+            page_size: batch.page_size,
+            pages_a_row: batch.page_table.row_len(),
+            kv_len: batch.kv_len.address(),
+            slots: batch.slots.address(),
+            page_table: batch.page_table.address(),
+            lots,
+        };
+        let block_plans = blocks * (BLOCK_PLAN_BYTES + fetchers * PLACES_BYTES);
+        let plan_bytes = block_plans + (ROWS_MAX + 1) * ENTRY_BYTES;
+        let (plan, is_new) =
+            self.plans.find(key, || self.alloc_tensor(DType::U8, &[plan_bytes]))?;
         let (q_norm, q_eps, q_shift) = norm_args(store.q_norm);
         let (k_norm, k_eps, k_shift) = norm_args(store.k_norm);
         let args = Args {
@@ -216,6 +299,8 @@ impl CudaBackend {
             k_norm,
             partial: self.scratch("decode", DType::F32, &[blocks * 2 * 16 * (dim + 4)])?.address(),
             arrived: self.scratch("decode arrivals", DType::I32, &[units * GROUP_MAX])?.address(),
+            plan: plan.address(),
+            entries: plan.address() + block_plans as u64,
             rows: rows as i32,
             pages_a_row: batch.page_table.row_len() as i32,
             page_shift: batch.page_size.ilog2() as i32,
@@ -233,6 +318,16 @@ impl CudaBackend {
             soft_cap: a.soft_cap.unwrap_or(0.0),
             lots,
         };
+        let start = if is_new {
+            let function = self.kernels.get(module, &defines, "plan")?;
+            let shape = Launch::new(blocks, 32 * fetchers);
+            // SAFETY: `Args` has the kernel's layout; its addresses are the step's tensors.
+            unsafe { self.device.launch_struct(function, shape, &args) }?;
+            // In a graph, decode reads its plan before it waits for what is in front.
+            Start::Behind
+        } else {
+            Start::Early
+        };
         let function = self.kernels.get(module, &defines, "decode")?;
         let map = |pages| page_matrix(pages, a, TILE).map_parts();
         let (k, v) = (map(&a.kv.k)?, map(&a.kv.v)?);
@@ -240,13 +335,62 @@ impl CudaBackend {
         let shape = Launch { grid: [blocks, 1, 1], threads, shared, cluster: 1 };
         let mut words = [address_of(&k), address_of(&v), address_of(&args)];
         // SAFETY: the kernel's parameters in order; the maps cover the cache, the rest is the step's.
-        unsafe { self.device.launch_raw(function, shape, &mut words) }
+        unsafe { self.device.launch_when(start, function, shape, &mut words) }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
+    use minisgl_tensor::Memory;
+
     use super::*;
+
+    struct Somewhere(u64);
+
+    impl Memory for Somewhere {
+        fn address(&self) -> u64 {
+            self.0
+        }
+        fn bytes(&self) -> usize {
+            16
+        }
+    }
+
+    #[test]
+    fn a_pass_makes_each_plan_once() {
+        let plans = Plans::default();
+        let key = PlanKey {
+            heads: Heads { q: 16, kv: 8, dim: 128 },
+            window: None,
+            rows: 64,
+            page_size: 16,
+            pages_a_row: 40,
+            kv_len: 1,
+            slots: 2,
+            page_table: 3,
+            lots: Lots::default(),
+        };
+        let windowed = PlanKey { window: Some(1024), ..key.clone() };
+        let mut allocated = 0;
+        let mut find = |key: &PlanKey| {
+            let allocate = || {
+                allocated += 1;
+                Ok(Tensor::new(Arc::new(Somewhere(allocated)), DType::U8, &[16]))
+            };
+            let (plan, is_new) = plans.find(key.clone(), allocate).unwrap();
+            (plan.address(), is_new)
+        };
+        assert_eq!([find(&key), find(&key)], [(1, true), (1, true)], "outside of a pass");
+        for _ in 0..2 {
+            plans.begin_pass();
+            assert_eq!([find(&key), find(&windowed)], [(1, true), (2, true)]);
+            assert_eq!([find(&key), find(&windowed)], [(1, false), (2, false)]);
+        }
+        plans.end_pass();
+        assert_eq!(find(&key), (1, true));
+    }
 
     /// Of Qwen3-0.6B's, in lots of eight rows: where `cascade` was faster than `stream` on an H200.
     #[test]

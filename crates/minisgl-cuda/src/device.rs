@@ -238,13 +238,26 @@ impl Device {
         shape: Launch,
         words: &mut [*mut c_void],
     ) -> Result<()> {
+        // SAFETY: as the caller promises.
+        unsafe { self.launch_when(Start::Early, function, shape, words) }
+    }
+
+    /// As `launch_raw`, for a kernel that starts when `start` says.
+    ///
+    /// # Safety
+    /// As `launch`.
+    pub(crate) unsafe fn launch_when(
+        &self,
+        start: Start,
+        function: Function,
+        shape: Launch,
+        words: &mut [*mut c_void],
+    ) -> Result<()> {
         self.bind()?;
         // Both are new with 9.0.
-        let attributes: &mut [_] = match (self.capability.0, shape.cluster) {
-            (..9, _) => &mut [],
-            (_, 1) => &mut [starts_early()],
-            _ => &mut [starts_early(), clusters_of(shape.cluster)],
-        };
+        let mut all = [starts_early(), clusters_of(shape.cluster)];
+        let wanted = usize::from(start == Start::Behind)..1 + usize::from(shape.cluster > 1);
+        let attributes = if self.capability.0 < 9 { &mut [] } else { &mut all[wanted] };
         let config = self.config(shape, attributes);
         // SAFETY: config, attributes and arguments outlive the call; the driver copies them.
         unsafe {
@@ -332,6 +345,15 @@ pub(crate) struct Function(pub(crate) sys::CUfunction);
 unsafe impl Send for Function {}
 // SAFETY: as above.
 unsafe impl Sync for Function {}
+
+/// When a kernel's blocks may start.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Start {
+    /// When all blocks of the one in front have: it waits itself.
+    Early,
+    /// When all in front are done. So does each that is enqueued later.
+    Behind,
+}
 
 /// Blocks, threads a block, and bytes of dynamic shared memory.
 #[derive(Clone, Copy)]

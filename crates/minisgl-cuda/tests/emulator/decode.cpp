@@ -22,11 +22,14 @@ static void check(const std::vector<int> &lens, const std::vector<Cache::Prefix>
     auto partial = unwritten<float>(o.blocks * 2 * 16 * PARTIAL_STRIDE);
     std::vector<int> arrived((rows + prefixes.size()) * KV_HEADS * 16), joined(rows * q_heads);
     auto kv_len = o.early ? cache.lens : std::vector<int>(rows);
+    auto plans = unwritten<BlockPlan>(o.blocks), plans_later = plans;
+    auto entries = unwritten<Entry>(rows + prefixes.size() + 1), entries_later = entries;
     Args args = {
         .qkv = qkv.data(), .k_pages = cache.k.data(), .v_pages = cache.v.data(), .out = out.data(),
         .slots = cache.slots.data(), .kv_len = kv_len.data(), .page_table = cache.table.data(), .store_at = cache.store_at.data(),
         .rope = cache.rope.data(), .q_norm = q_norm.data(), .k_norm = k_norm.data(),
         .partial = partial.data(), .arrived = arrived.data(),
+        .plan = plans.data(), .entries = entries.data(),
         .rows = rows, .pages_a_row = PAGES_A_ROW, .page_shift = PAGE_SHIFT, .q_heads = q_heads, .kv_heads = KV_HEADS,
         .stages = WARPS, .window = o.scores.window, .early = o.early,
         .q_eps = 1e-6f, .q_shift = 0.f, .k_eps = 1e-6f, .k_shift = 0.f,
@@ -46,9 +49,23 @@ static void check(const std::vector<int> &lens, const std::vector<Cache::Prefix>
     args.lots = int(prefixes.size()), args.lot_size = lot_size;
 #endif
     machine::run({
+        .blocks = o.blocks, .cluster = 1, .threads = PLANNED,
+        .memory = [] { return memory; },
+        // Until then, kernels in front may read their plan.
+        .previous = [&] {
+            if (memcmp(plans.data(), plans_later.data(), plans.size() * sizeof(BlockPlan))) fail("blocks are planned too early");
+            if (memcmp(entries.data(), entries_later.data(), entries.size() * sizeof(Entry))) fail("entries are written too early");
+            kv_len = cache.lens;
+        },
+        .kernel = [&] { plan(args); },
+    });
+    // Outside of a graph, the plan is no older than the kernel in front.
+    plans_later = plans, entries_later = entries;
+    if (!o.early) forget(plans), forget(entries);
+    machine::run({
         .blocks = o.blocks, .cluster = 1, .threads = 32 * (WARPS + FETCHERS + 1),
         .memory = [] { return memory; },
-        .previous = [&] { qkv = qkv_later, kv_len = cache.lens, forget(out), forget(partial); },
+        .previous = [&] { qkv = qkv_later, plans = plans_later, entries = entries_later, forget(out), forget(partial); },
         .kernel = [&] { decode(cache.map(cache.k), cache.map(cache.v), args); },
     });
     for (int row = 0; row < rows; row++) {
@@ -70,12 +87,16 @@ int main(int count, char **seeds) {
         check({100, 120, 97, 300, 5, 33}, {{{0, 1, 3}, 96}}, {.blocks = 5, .early = true, .scores = {scale, 0.f, 0}});
         check({200, 210, 220, 230, 33, 0, 64}, {{{0, 1, 2, 3}, 192}, {{4, 6}, 32}}, {.blocks = 7, .early = false, .scores = {scale, 0.f, 0}});
         check({577, 900, 577, 20}, {{{0, 1, 2}, 544}}, {.blocks = 12, .early = true, .scores = {scale, 3.f, 0}});
+        // More tiles than are planned.
+        check({577, 900, 577, 20}, {{{0, 1, 2}, 544}}, {.blocks = 1, .early = true, .scores = {scale, 0.f, 0}});
 #else
         check({1}, {}, {.blocks = 2, .early = true, .scores = {scale, 0.f, 0}});
         check({100, 33, 0, 300, 16, 17}, {}, {.blocks = 5, .early = true, .scores = {scale, 0.f, 0}});
         // Units of fewer tiles than warps, one behind the other.
         check({20, 5, 40, 33, 17, 300, 16, 9}, {}, {.blocks = 2, .early = true, .scores = {scale, 0.f, 0}});
         check({700, 90}, {}, {.blocks = 6, .early = false, .scores = {scale, 3.f, 200}});
+        // More tiles than are planned.
+        check({700, 0, 90, 900, 4}, {}, {.blocks = 2, .early = true, .scores = {scale, 0.f, 0}});
 #endif
     });
 }
