@@ -126,6 +126,21 @@ fn attention_of_decodes() {
     }
 }
 
+/// What layers of a pass have in common is worked out once, and lengths and pages of the next pass, in the same
+/// memory, are others.
+#[test]
+fn decodes_of_layer_after_layer() {
+    let mixed: &[(usize, usize)] = &[(0, 1), (37, 1), (700, 1), (15, 1), (16, 1)];
+    // More tiles than a block has places of in its plan.
+    let long: &[(usize, usize)] = &(0..20).map(|i| (1400 + 13 * i, 1)).collect::<Vec<_>>();
+    for mut r in rigs("layer after layer") {
+        let all = [(h(4, 2, 128), mixed), (h(16, 8, 64), long)];
+        for &(heads, rows) in cases(&all, &[(h(4, 2, 128), mixed)]) {
+            passes_case(&mut r, heads, rows);
+        }
+    }
+}
+
 /// Rows that share a prefix, read once for several of them (`--attn auto,cascade`).
 #[test]
 fn decodes_over_shared_prefixes() {
@@ -400,10 +415,10 @@ fn softmax_product(mut scores: Vec<f64>, values: &[f64]) -> Vec<f64> {
 
 /// Random K or V, as the card has it: a hundred thousand numbers again and again, which are no whole number
 /// of heads, so that no two tokens are alike.
-fn random_pages(r: &mut Rig, shape: &[usize]) -> Vec<u8> {
+fn random_pages(rng: &mut Rng, dtype: DType, shape: &[usize]) -> Vec<u8> {
     const SOME: usize = 100_003;
-    let (count, dtype) = (shape.iter().product::<usize>(), r.b.activation_dtype());
-    let mut bytes = bytes_of(dtype, &r.rng.many(SOME)).repeat(count.div_ceil(SOME));
+    let count = shape.iter().product::<usize>();
+    let mut bytes = bytes_of(dtype, &rng.many(SOME)).repeat(count.div_ceil(SOME));
     bytes.truncate(dtype.bytes_of(count).unwrap());
     bytes
 }
@@ -426,7 +441,7 @@ fn attention_case(r: &mut Rig, case: &Case<'_>) {
     let layout = Layout::new(case, r.b.activation_dtype());
     let (tokens, width) = (layout.tokens(), heads.qkv_width());
     let shape = layout.kv_shape();
-    let fresh = [random_pages(r, &shape), random_pages(r, &shape)];
+    let fresh = [(); 2].map(|()| random_pages(&mut r.rng, layout.dtype, &shape));
     let pages = KvLayer { k: r.put_bytes(&fresh[0], &shape), v: r.put_bytes(&fresh[1], &shape) };
     let (fresh_qkv, in_place) = r.tensor(&[tokens, width]);
     let [(q_norm, qn), (k_norm, kn)] = [r.vector(dim), r.vector(dim)];
@@ -474,4 +489,94 @@ fn attention_case(r: &mut Rig, case: &Case<'_>) {
     let graph = r.b.capture(&mut || r.b.rope_attention(&store, &attention, &input, &out)).unwrap();
     graph.unwrap().launch().unwrap();
     r.close(&format!("rope and attention in a graph {what}"), &r.get(&out), &want);
+}
+
+/// Passes of three layers, each with a cache of its own and the second with a window; in every other pass, the
+/// rows are in the reverse order.
+fn passes_case(r: &mut Rig, heads: Heads, rows: &[(usize, usize)]) {
+    let Heads { q, dim, .. } = heads;
+    let backwards: Vec<_> = rows.iter().rev().copied().collect();
+    let layers = |rows| {
+        [None, Some(40), None].map(|window| Case { heads, rows, window, norm: false, ..PLAIN })
+    };
+    let (forth, back) = (layers(rows), layers(&backwards));
+    let [forth, back] = [&forth, &back]
+        .map(|layers| layers.each_ref().map(|case| Layout::new(case, r.b.activation_dtype())));
+    let shape = forth[0].kv_shape();
+    assert_eq!((shape, forth[0].pages_a_row), (back[0].kv_shape(), back[0].pages_a_row));
+
+    // All at fixed addresses.
+    let batch = Batch { host: None, ..forth[0].batch(r) };
+    let angles = rope_table(batch.kv_len_max, dim);
+    let rope = r.f32s(&angles).reshape(&[batch.kv_len_max, dim]);
+    let scale = (1.0 / (dim as f64).sqrt()) as f32;
+    let memory: Vec<_> = (0..3)
+        .map(|_| {
+            let kv = KvLayer { k: r.out(&shape), v: r.out(&shape) };
+            (kv, r.out(&[rows.len(), heads.qkv_width()]), r.out(&[rows.len(), q * dim]))
+        })
+        .collect();
+    let (table, ids) = (r.weight(1, 64).1, r.ints(&[0], &[1]));
+    let residual = r.out(&[1, 64]);
+    let begin = || {
+        let (input_ids, token_table) = (&ids, &ids);
+        let args = Embed { input_ids, token_table, table: &table, first_id: 0, scale: 1.0 };
+        r.b.embed(&args, &residual)
+    };
+    let attend = || {
+        memory.iter().zip(&forth).try_for_each(|((kv, qkv, out), layer)| {
+            let (batch, window, soft_cap) = (&batch, layer.case.window, None);
+            let store = RopeStore { batch, heads, q_norm: None, k_norm: None, rope: &rope, kv };
+            let attention = Attention { batch, heads, kv, scale, window, soft_cap };
+            r.b.rope_attention(&store, &attention, qkv, out)
+        })
+    };
+    let pass = || begin().and_then(|()| attend());
+    // What it plans is nothing that the graph may rely on.
+    pass().unwrap();
+    let graph = r.b.capture(&mut || pass()).unwrap().unwrap();
+
+    let passes: [(&str, &dyn Fn() -> Result<()>); 3] = [
+        ("a pass", &pass),
+        // Then nothing is known of what comes between two calls.
+        ("calls", &attend),
+        ("a graph", &|| graph.launch()),
+    ];
+    let mut rng = Rng(r.rng.0);
+    for (i, (what, run)) in passes.iter().cycle().take(2 * passes.len()).enumerate() {
+        let layouts = if i % 2 == 0 { &forth } else { &back };
+        let ints = |to: &Tensor, values: &[i32]| {
+            let bytes: Vec<_> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
+            r.b.upload(&bytes, to).unwrap();
+        };
+        let layout = &layouts[0];
+        ints(&batch.kv_len, &layout.case.rows.iter().map(|x| x.0 as i32 + 1).collect::<Vec<_>>());
+        ints(&batch.positions, &layout.positions);
+        ints(&batch.store_at, &layout.store_at);
+        ints(&batch.page_table, &layout.table);
+        let mut want = vec![];
+        for (layout, (pages, input, out)) in layouts.iter().zip(&memory) {
+            let mut qkv: Vec<f64> =
+                rng.many(input.elements()).into_iter().map(|x| r.round(x)).collect();
+            r.b.upload(&bytes_of(layout.dtype, &qkv), input).unwrap();
+            let [mut k, mut v] = [&pages.k, &pages.v].map(|pages| {
+                let bytes = random_pages(&mut rng, layout.dtype, &shape);
+                r.b.upload(&bytes, pages).unwrap();
+                bytes
+            });
+            r.b.upload(&vec![0xff; out.bytes()], out).unwrap();
+            layout.rotate(&mut qkv, [&[], &[]], &angles, r);
+            layout.store(&qkv, q, &mut k);
+            layout.store(&qkv, q + heads.kv, &mut v);
+            want.push((layout.attend(&qkv, [&k, &v]), k, v));
+        }
+        run().unwrap();
+        for (layer, (want, k, v)) in want.iter().enumerate() {
+            let what = format!("{heads:?}, layer {layer} of {what}, {i}");
+            let (pages, _, out) = &memory[layer];
+            r.close(&what, &r.get(out), want);
+            layouts[layer].check_pages(r, &format!("k {what}"), &pages.k, k);
+            layouts[layer].check_pages(r, &format!("v {what}"), &pages.v, v);
+        }
+    }
 }
