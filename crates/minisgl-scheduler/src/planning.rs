@@ -32,6 +32,7 @@ impl<E: Engine, S: OutputSink> Scheduler<E, S> {
         for slot in self.running.slots() {
             self.plan_decode(slot, has_room_ahead, &mut draft);
         }
+        draft.budget = draft.budget.min(self.room_beside(draft.rows.len()));
         let shared_prefixes = self.shared_prefixes(&draft);
         for slot in self.running.slots() {
             self.plan_chunk(slot, &mut draft);
@@ -56,6 +57,16 @@ impl<E: Engine, S: OutputSink> Scheduler<E, S> {
             adjustments: draft.adjusted.then(Arc::default),
             shared_prefixes,
         })
+    }
+
+    /// How many tokens of prompts so many decodes have beside them: some always, so that nobody waits for ever.
+    fn room_beside(&self, decodes: usize) -> usize {
+        match self.options.mixed_tokens_max {
+            Some(mixed) if 3 * decodes >= mixed => {
+                mixed.saturating_sub(decodes).max(self.memory.page_size())
+            }
+            _ => usize::MAX,
+        }
     }
 
     /// What the decodes have in common. All of that is in pages before the step: what the cache has of a

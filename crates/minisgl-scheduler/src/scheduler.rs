@@ -44,6 +44,9 @@ pub struct SchedulerOptions {
     pub waiting_max: usize,
     /// Tokens that one step may compute, where the engine's own limit is not lower.
     pub step_tokens_max: Option<usize>,
+    /// Tokens of a step in which a third as many requests decode, or more: prompts then ride along with these, as
+    /// far as a step costs little more for it (Sarathi-Serve; Agrawal et al., 2024).
+    pub mixed_tokens_max: Option<usize>,
     /// Check after every step that every page is in exactly one place; slow.
     pub check_integrity: bool,
     /// Told where the time of each step goes.
@@ -59,6 +62,7 @@ impl Default for SchedulerOptions {
             eos_ids: Vec::new(),
             waiting_max: 4096,
             step_tokens_max: None,
+            mixed_tokens_max: None,
             check_integrity: cfg!(debug_assertions),
             observer: None,
         }

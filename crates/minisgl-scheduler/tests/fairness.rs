@@ -111,6 +111,27 @@ fn the_longest_outputs_can_go_first() {
     assert!(began.is_sorted(), "{:?}", served.first_tokens);
 }
 
+/// Where many requests decode, prompts get what these leave of a smaller step; where few do, all there is.
+#[test]
+fn prompts_ride_along_with_many_decodes() {
+    let limits = EngineLimits { pages: 4096, ..limits() };
+    let (mut largest_mixed, mut largest) = (0, 0);
+    let on_launch = |plan: &StepPlan| {
+        let decodes = plan.rows.iter().filter(|row| row.input == RowInput::Sampled).count();
+        if decodes < 8 {
+            largest = largest.max(plan.tokens());
+        } else if decodes < plan.rows.len() {
+            largest_mixed = largest_mixed.max(plan.tokens());
+        }
+    };
+    let engine = Hooked { engine: engine(limits), on_launch, on_wait: |_: &StepPlan| {} };
+    let many = (0..60).map(|id| submit(request(id, prompt(id as u32, 50), greedy(40))));
+    let options = SchedulerOptions { mixed_tokens_max: Some(24), ..options() };
+    let served = serve(engine, options, many);
+    assert_eq!(served.first_tokens.len(), 60);
+    assert_eq!((largest_mixed, largest), (24, 128));
+}
+
 /// More requests than tokens in a step, or than slots: all get on.
 #[test]
 fn a_small_budget_is_shared_by_all() {

@@ -70,6 +70,7 @@ pub fn scheduler_options(options: &RuntimeOptions) -> Result<SchedulerOptions> {
     Ok(SchedulerOptions {
         cache: options.cache_type.into(),
         policy: options.schedule_policy.into(),
+        mixed_tokens_max: options.max_mixed_tokens,
         overlap: !options.disable_overlap,
         observer,
         ..SchedulerOptions::default()
