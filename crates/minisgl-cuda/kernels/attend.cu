@@ -269,24 +269,22 @@ attend(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
     // The row of the first one, and what norms and rotates its q.
     auto angles_of = [&](int row) { return a.rope + (long long)(work.lens[row] - 1) * DIM; };
     int row = work.row_at(work.from);
-    Head head;
+    Head rotation;
     if (work.from < work.to) {
-        head.read_factors(a.q_norm, angles_of(row));
+        rotation.read_factors(a.q_norm, angles_of(row));
         if (a.k_norm && lane < DIM / 32) prefetch_near(a.k_norm + lane * 32);
     }
     barrier_wait_for_cluster(raw_here, 0);
 
-    float scale = a.scores.power_of_2_scale();
     for (int tile = work.from; tile < work.to;) {
         int end = min(work.to, work.before[row + 1]), kv_len = work.lens[row];
-        const float *angles = angles_of(row);
         bf16 *rotated = (bf16 *)(memory + q);
         for (int i = warp; i < GROUP; i += WARPS) {
-            head.read_numbers(qkv + row * QKV + i * DIM, a.q_norm, a.q_eps, a.q_shift);
+            rotation.read_numbers(qkv + row * QKV + i * DIM, a.q_norm, a.q_eps, a.q_shift);
 #pragma unroll
             for (int j = 0; j < PAIRS_A_LANE; j++) {
                 if (!Head::holds(j)) continue;
-                uint2 pair = head.rotated(j);
+                uint2 pair = rotation.rotated(j);
                 *(u32 *)(rotated + i * Q_STRIDE + Head::index(j)) = pair.x;
                 *(u32 *)(rotated + i * Q_STRIDE + Head::index(j) + DIM / 2) = pair.y;
             }
@@ -304,7 +302,7 @@ attend(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
                 int slot = a.store_at[row];
                 long long to = (((long long)(slot >> a.page_shift) * a.kv_heads + kv_head << a.page_shift) + (slot & (1 << a.page_shift) - 1)) * DIM;
                 const bf16 *k = qkv + row * QKV + GROUP * DIM;
-                NewToken token = {k, k + DIM, slot < 0 ? nullptr : a.k_pages + to, a.v_pages + to, a.k_norm, angles, a.k_eps, a.k_shift};
+                NewToken token = {k, k + DIM, slot < 0 ? nullptr : a.k_pages + to, a.v_pages + to, a.k_norm, angles_of(row), a.k_eps, a.k_shift};
                 add_token(token, (kv_len - 1) % TILE, ring.tile(i));
             }
             mine.add(a.scores, kv_len, (work.first_seen(row) + inside) * TILE, ring.tile(i), queries);
@@ -319,7 +317,7 @@ attend(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
             sum += __shfl_xor_sync(~0u, sum, 1);
             sum += __shfl_xor_sync(~0u, sum, 2);
             if (head >= GROUP) continue;
-            if (t == 0) tops[warp][head] = make_float2(mine.top[h] * scale, sum);
+            if (t == 0) tops[warp][head] = make_float2(mine.top[h] * a.scores.power_of_2_scale(), sum);
             float *to = all_sums + (warp * GROUP + head) * SUMS_STRIDE + 2 * t;
 #pragma unroll
             for (int j = 0; j < DIM / 8; j++) *(float2 *)(to + 8 * j) = make_float2(mine.o[j][2 * h], mine.o[j][2 * h + 1]);
@@ -351,7 +349,7 @@ attend(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
         tile = end;
         if (tile == work.to) break;
         row = work.row_at(tile, row);
-        head.read_factors(a.q_norm, angles_of(row));
+        rotation.read_factors(a.q_norm, angles_of(row));
         // `rotated` and the sums are written anew.
         named_barrier(1, THREADS);
     }

@@ -3,9 +3,6 @@
 // A tile is [K, V][part][16] rows of 128 bytes in the 128-byte swizzle, where a part is 64 dimensions. SOFT_CAP:
 // scores may have a soft cap.
 
-#ifndef SOFT_CAP
-#define SOFT_CAP 1
-#endif
 #define TILE 16
 #define PARTS (DIM / 64)
 #define MATRIX_BYTES (TILE * DIM * 2)
@@ -14,6 +11,9 @@
 // Padded, so that the heads' rows begin in different banks.
 #define Q_STRIDE (DIM + 8)
 #define SUMS_STRIDE (DIM + 8)
+// Sums that scores' products go to by turns, so that they wait less for one another. On 10.0 there are no registers
+// for two.
+#define TURNS (__CUDA_ARCH__ < 1000 ? 2 : 1)
 
 // How scores are made of products, and which tokens count.
 struct Scores {
@@ -147,20 +147,19 @@ struct Sums {
     // The tile's tokens are `base` and the 15 behind it.
     __device__ void add(const Scores &a, int kv_len, int base, u32 tile, const Queries &q) {
         int lane = threadIdx.x & 31, t = lane & 3;
-        // By turns, so that products wait less for the ones before.
-        float turns[2][2][4] = {}, (&x)[2][4] = turns[0];
+        float turns[TURNS][2][4] = {}, (&x)[2][4] = turns[0];
         u32 b[4];
 #pragma unroll
         for (int i = 0; i < DIM / 16; i++) {
             load_matrices(b, tile + in_tile((lane & 7) + (lane >> 4) * 8, 2 * i + (lane >> 3 & 1)));
             u32 low = HALVES > 1 ? q.low[i][1] : 0, high = HALVES > 1 ? q.high[i][1] : 0;
-            mma(turns[i % 2][0], q.low[i][0], low, q.high[i][0], high, b[0], b[1]);
-            mma(turns[i % 2][1], q.low[i][0], low, q.high[i][0], high, b[2], b[3]);
+            mma(turns[i % TURNS][0], q.low[i][0], low, q.high[i][0], high, b[0], b[1]);
+            mma(turns[i % TURNS][1], q.low[i][0], low, q.high[i][0], high, b[2], b[3]);
         }
 #pragma unroll
         for (int n = 0; n < 2; n++)
 #pragma unroll
-            for (int e = 0; e < 4; e++) x[n][e] += turns[1][n][e];
+            for (int e = 0; e < 4; e++) x[n][e] += TURNS > 1 ? turns[TURNS - 1][n][e] : 0.f;
         float scale = a.power_of_2_scale();
         bool whole = base + TILE <= kv_len && (a.window <= 0 || base >= kv_len - a.window);
 #pragma unroll

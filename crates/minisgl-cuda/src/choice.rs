@@ -194,13 +194,13 @@ impl ModelShape {
             _ if decodes_as_prefill(card, heads) => None,
             DecodeKernel::Split => Some(split_variant(heads)),
             _ if !card.streams_decode(heads, page_size) => Some(split_variant(heads)),
-            _ => Some(stream_variant(heads, false)),
+            _ => Some(stream_variant(heads, soft_cap, false)),
         };
         let cascade = match kernels.decode {
             DecodeKernel::Auto => card.cascades(heads, page_size),
             decode => decode == DecodeKernel::Cascade,
         };
-        let cascade = cascade.then(|| stream_variant(heads, true));
+        let cascade = cascade.then(|| stream_variant(heads, soft_cap, true));
         let mut all: Vec<Key> = [Some(prefill), decode, cascade].into_iter().flatten().collect();
         if card.fuses_layers() && hidden > 0 {
             if ranks == 1 {

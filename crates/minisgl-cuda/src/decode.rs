@@ -173,9 +173,10 @@ fn halves(heads: usize) -> usize {
 }
 
 /// The variant of the kernel: for rows each by itself, or for lots of rows, too.
-pub(crate) fn stream_variant(Heads { q, kv, dim }: Heads, cascade: bool) -> Key {
+pub(crate) fn stream_variant(Heads { q, kv, dim }: Heads, soft_cap: bool, cascade: bool) -> Key {
     let halves = if cascade { 2 } else { halves(q / kv) };
-    let mut defines = vec![("DIM", dim as i32), ("HALVES", halves as i32)];
+    let mut defines =
+        vec![("DIM", dim as i32), ("HALVES", halves as i32), ("SOFT_CAP", i32::from(soft_cap))];
     defines.extend(cascade.then_some(("CASCADE", 1)));
     (Module::Decode, defines)
 }
@@ -261,7 +262,7 @@ impl CudaBackend {
         let (batch, Heads { q, kv, dim }) = (a.batch, a.heads);
         let (rows, blocks) = (batch.decode_rows, self.device.multiprocessors);
         let lots = self.lots(a)?;
-        let (module, defines) = stream_variant(a.heads, lots.is_some());
+        let (module, defines) = stream_variant(a.heads, a.soft_cap.is_some(), lots.is_some());
         let unit_heads = if lots.is_some() { GROUP_MAX } else { q / kv };
         let lots = lots.unwrap_or_default();
         let units = (rows + lots.count as usize) * kv;

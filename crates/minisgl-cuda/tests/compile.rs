@@ -72,13 +72,16 @@ fn kernels_compile_without_spills() {
             }
         }
         for dim in [64, 128, 256].into_iter().filter(|_| arch != "sm_80") {
-            for halves in [1, 2] {
+            for (halves, soft_cap, cascade) in [(1, 0, 0), (2, 0, 0), (2, 1, 0), (2, 0, 1)] {
                 // Heads of 256 spill a few bytes.
-                let defines = [("DIM", dim), ("HALVES", halves)];
+                let defines = [
+                    ("DIM", dim),
+                    ("HALVES", halves),
+                    ("SOFT_CAP", soft_cap),
+                    ("CASCADE", cascade),
+                ];
                 check(Module::Decode, &defines, arch, false, dim < 256);
             }
-            let defines = [("DIM", dim), ("HALVES", 2), ("CASCADE", 1)];
-            check(Module::Decode, &defines, arch, false, dim < 256);
         }
         for (dim, group) in
             [(128, 2), (64, 2), (128, 6), (64, 10)].into_iter().filter(|_| arch != "sm_80")
@@ -93,7 +96,8 @@ fn kernels_compile_without_spills() {
                 ("LATE", 19),
                 ("SOFT_CAP", 0),
             ];
-            check(Module::Attend, &defines, arch, false, true);
+            // On 10.0 heads of 128 spill two registers.
+            check(Module::Attend, &defines, arch, false, arch == "sm_90a" || dim < 128);
         }
         for (first, second) in [(3, 4), (7, 8), (8, 4)].into_iter().filter(|_| arch != "sm_80") {
             let defines = [("CLUSTER", 8), ("FIRST", first), ("SECOND", second)];
@@ -129,7 +133,11 @@ fn kernels_compile_without_spills() {
     // As a race checker follows them.
     let product = [("GATED", 1), ("NORM", 1), ("OUT_F32", 0)];
     for (module, defines, others) in [
-        (Module::Decode, &[("DIM", 128)][..], &[("HALVES", 2), ("CASCADE", 1)][..]),
+        (
+            Module::Decode,
+            &[("DIM", 128), ("SOFT_CAP", 0)][..],
+            &[("HALVES", 2), ("CASCADE", 1)][..],
+        ),
         (Module::Narrow, &product[..2], &[("ROWS", 32), ("GROUPS", 1)]),
         (Module::Prefill, &[("DIM", 128)], &[("GROUP", 2), ("SOFT_CAP", 0)]),
         (Module::Stream, &product, &[("HALVES", 2), ("TILES", 2)]),

@@ -3,6 +3,7 @@
 
 #define CLUSTER 8
 #define HALVES ((GROUP + 7) / 8)
+#define SOFT_CAP 0
 #define FIRST ((GROUP + 2) * DIM / 16 / CLUSTER)
 
 #include "attention_tile.cuh"
@@ -56,6 +57,6 @@ int main(int count, char **seeds) {
         check({1}, {.normed = true, .early = false, .parts = 0, .scores = {scale, 0.f, 0}});
         check({900, 16, 17, 0, 33, 700, 15, 64}, {.normed = true, .early = true, .parts = 3, .scores = {scale, 0.f, 0}});
         check({400, 1000}, {.bias = true, .early = false, .parts = 1, .scores = {scale, 0.f, 64}});
-        check({90, 0, 31}, {.bias = true, .early = true, .parts = 8, .scores = {scale, 3.f, 0}});
+        check({90, 0, 31}, {.normed = true, .bias = true, .early = true, .parts = 8, .scores = {scale, 0.f, 0}});
     });
 }

@@ -1,4 +1,4 @@
-// `decode.cu` for heads of DIM in groups of GROUP; CASCADE: for rows that share pages.
+// `decode.cu` for heads of DIM in groups of GROUP; SOFT_CAP: with capped scores; CASCADE: for rows that share pages.
 #include "ptx.h"
 
 #define HALVES (CASCADE ? 2 : (GROUP + 7) / 8)
@@ -81,12 +81,12 @@ static void check(const std::vector<int> &lens, const std::vector<Cache::Prefix>
 }
 
 int main(int count, char **seeds) {
-    const float scale = 1.f / sqrtf(DIM);
+    const float scale = 1.f / sqrtf(DIM), cap = SOFT_CAP ? 3.f : 0.f;
     return with_seeds(count, seeds, [&] {
 #if CASCADE
         check({100, 120, 97, 300, 5, 33}, {{{0, 1, 3}, 96}}, {.blocks = 5, .early = true, .scores = {scale, 0.f, 0}});
         check({200, 210, 220, 230, 33, 0, 64}, {{{0, 1, 2, 3}, 192}, {{4, 6}, 32}}, {.blocks = 7, .early = false, .scores = {scale, 0.f, 0}});
-        check({577, 900, 577, 20}, {{{0, 1, 2}, 544}}, {.blocks = 12, .early = true, .scores = {scale, 3.f, 0}});
+        check({577, 900, 577, 20}, {{{0, 1, 2}, 544}}, {.blocks = 12, .early = true, .scores = {scale, cap, 0}});
         // More tiles than are planned.
         check({577, 900, 577, 20}, {{{0, 1, 2}, 544}}, {.blocks = 1, .early = true, .scores = {scale, 0.f, 0}});
 #else
@@ -94,7 +94,7 @@ int main(int count, char **seeds) {
         check({100, 33, 0, 300, 16, 17}, {}, {.blocks = 5, .early = true, .scores = {scale, 0.f, 0}});
         // Units of fewer tiles than warps, one behind the other.
         check({20, 5, 40, 33, 17, 300, 16, 9}, {}, {.blocks = 2, .early = true, .scores = {scale, 0.f, 0}});
-        check({700, 90}, {}, {.blocks = 6, .early = false, .scores = {scale, 3.f, 200}});
+        check({700, 90}, {}, {.blocks = 6, .early = false, .scores = {scale, cap, 200}});
         // More tiles than are planned.
         check({700, 0, 90, 900, 4}, {}, {.blocks = 2, .early = true, .scores = {scale, 0.f, 0}});
 #endif
