@@ -262,9 +262,10 @@ mod tests {
         let qwen = |kernels| model(kernels, 16, 8, 128, 16);
         let (prefill, stream) = (
             "Prefill [(\"DIM\", 128), (\"GROUP\", 2), (\"SOFT_CAP\", 0)]",
-            "Decode [(\"DIM\", 128), (\"HALVES\", 1)]",
+            "Decode [(\"DIM\", 128), (\"HALVES\", 1), (\"SOFT_CAP\", 0)]",
         );
-        let cascade = "Decode [(\"DIM\", 128), (\"HALVES\", 2), (\"CASCADE\", 1)]";
+        let cascade =
+            "Decode [(\"DIM\", 128), (\"HALVES\", 2), (\"SOFT_CAP\", 0), (\"CASCADE\", 1)]";
         assert_eq!(names(qwen("auto"), H200), [prefill, stream, cascade]);
         assert_eq!(names(qwen("auto,cascade"), H200), [prefill, stream, cascade]);
         assert_eq!(names(qwen("auto,stream"), H200), [prefill, stream]);
