@@ -1,5 +1,5 @@
 //! Times a whole decode step and a prefill step, operation by operation as the engine calls them,
-//! of Qwen3-0.6B's and Qwen3-14B's shapes on random weights: `decode_step [0.6b] [14b]
+//! of Qwen3-0.6B's, 8B's and 14B's shapes on random weights: `decode_step [0.6b] [8b] [14b]
 //! [BATCH ...] [library] [shared:TOKENS] [cascade]`; `library` leaves all products to cuBLASLt; with
 //! `shared` the rows' contexts begin with so many tokens in the same pages, and `cascade` reads these
 //! once for several rows. Up to 8 rows are timed with half a layer in one kernel, too.
@@ -22,13 +22,21 @@ struct Shape {
     vocab: usize,
 }
 
-const SHAPES: [Shape; 2] = [
+const SHAPES: [Shape; 3] = [
     Shape {
         name: "0.6b",
         hidden: 1024,
         layers: 28,
         heads: Heads { q: 16, kv: 8, dim: 128 },
         inner: 3072,
+        vocab: 151_936,
+    },
+    Shape {
+        name: "8b",
+        hidden: 4096,
+        layers: 36,
+        heads: Heads { q: 32, kv: 8, dim: 128 },
+        inner: 12288,
         vocab: 151_936,
     },
     Shape {

@@ -1,6 +1,6 @@
-//! Times each matrix product of Qwen3-0.6B's and Qwen3-14B's decoders alone, with the norm in front and
+//! Times each matrix product of Qwen3-0.6B's, 8B's and 14B's decoders alone, with the norm in front and
 //! what follows it: through cuBLASLt, and by our own kernels where they can take it.
-//! `products [0.6b] [14b] [BATCH ...]`.
+//! `products [0.6b] [8b] [14b] [BATCH ...]`.
 #![expect(clippy::print_stdout, reason = "this program's output is its table")]
 
 use std::time::Instant;
@@ -37,7 +37,8 @@ fn main() -> Result<()> {
     if batches.is_empty() {
         batches = vec![8, 16, 32, 64, 128, 256];
     }
-    let models = [("0.6b", 1024, 3072, 2048), ("14b", 5120, 17408, 5120)];
+    let models =
+        [("0.6b", 1024, 3072, 2048), ("8b", 4096, 12288, 4096), ("14b", 5120, 17408, 5120)];
     let every = models.iter().all(|m| !wanted.iter().any(|w| w == m.0));
     let b = CudaBackend::new(CudaOptions::new(0, Precision::Native))?;
     println!("{}; a product, microseconds: batch: cuBLASLt, kernels", b.name());
