@@ -11,10 +11,12 @@ use crate::weights::tensor;
 
 /// Rows of x that the kernel is compiled for. With 128, x has as many bytes as a strip of w, and cuBLASLt was faster.
 const ROWS: [usize; 2] = [32, 64];
-/// The smallest matrices and the shortest rows that were measured, Qwen3-14B's: where others should go is not
+/// The smallest matrices and the shortest rows that were measured, Qwen3-0.6B's qkv: where others should go is not
 /// known.
-const ELEMENTS_MIN: usize = 24 << 20;
-const ROW_MIN: usize = 5120;
+const ELEMENTS_MIN: usize = 4 << 20;
+const ROW_MIN: usize = 1024;
+/// So much of x a block reads in less time than a cluster takes to exchange its sums.
+const X_BYTES_SMALL: usize = 128 << 10;
 /// As in the kernel: rows of w in a unit, elements of k in a step, threads that multiply, and the most
 /// stages.
 const UNIT: usize = 16;
@@ -68,6 +70,9 @@ impl Division {
         }
         let rows = ROWS.into_iter().find(|rows| x_rows <= *rows)?;
         let all = BLOCKS.map(|blocks| Self::by_clusters(blocks, rows, w_rows, multiprocessors));
+        if rows * k * 2 <= X_BYTES_SMALL {
+            return all.into_iter().flatten().next();
+        }
         // A multiprocessor takes in x beside w: strips shall be half as high again as x, or as high as they can.
         let is_high = |d: &&Self| d.units * UNIT * 2 > d.rows * 3;
         all.iter().flatten().find(is_high).or(all.iter().flatten().last()).copied()
@@ -215,6 +220,12 @@ mod tests {
         assert_eq!(of(64, 8192, 14336), Some((8, 2, 64)));
         assert_eq!(of(64, 14336, 8192), Some((7, 1, 128)));
         assert_eq!(of(64, 8192, 7168), Some((8, 2, 64)));
+        // Qwen3-8B's gate and up, and o.
+        assert_eq!(of(64, 24576, 4096), Some((12, 1, 128)));
+        assert_eq!(of(64, 4096, 4096), Some((9, 4, 29)));
+        // Of Qwen3-0.6B's qkv, and its gate and up, blocks read all of x rather than exchange sums.
+        assert_eq!(of(64, 4096, 1024), Some((2, 1, 128)));
+        assert_eq!(of(64, 6144, 1024), Some((3, 1, 128)));
     }
 
     #[test]
@@ -222,9 +233,8 @@ mod tests {
         for (x_rows, w_rows, k) in [
             (16, 34816, 5120),
             (65, 34816, 5120),
-            // Qwen3-8B's gate and up; qkv of Qwen3-14B over two cards.
-            (64, 24576, 4096),
-            (64, 3584, 5120),
+            // Qwen3-0.6B's down.
+            (64, 1024, 3072),
             // So few rows that strips would be few, and so many that they would be too high.
             (64, 1024, 32768),
             (64, 51200, 5120),

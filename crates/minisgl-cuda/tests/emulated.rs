@@ -12,7 +12,7 @@ use rayon::prelude::*;
 const SEEDS: [&str; 4] = ["1", "2", "3", "4"];
 
 /// Programs of `emulator`, and what the kernel is specialised by.
-const PROGRAMS: [(&str, &[(&str, i32)]); 22] = [
+const PROGRAMS: [(&str, &[(&str, i32)]); 24] = [
     ("attend", &[("DIM", 128), ("GROUP", 2), ("SECOND", 2), ("LATE", 32)]),
     ("attend", &[("DIM", 128), ("GROUP", 2), ("SECOND", 8), ("LATE", 19)]),
     ("attend", &[("DIM", 64), ("GROUP", 12), ("SECOND", 2), ("LATE", 0)]),
@@ -28,6 +28,8 @@ const PROGRAMS: [(&str, &[(&str, i32)]); 22] = [
     ("strip", &[("X_ROWS", 64), ("UNITS", 5), ("BLOCKS", 4), ("GATED", 1)]),
     ("strip", &[("X_ROWS", 64), ("UNITS", 5), ("BLOCKS", 1), ("GATED", 1)]),
     ("strip", &[("X_ROWS", 64), ("UNITS", 4), ("BLOCKS", 4), ("GATED", 0)]),
+    ("strip", &[("X_ROWS", 64), ("UNITS", 3), ("BLOCKS", 1), ("GATED", 1)]),
+    ("strip", &[("X_ROWS", 64), ("UNITS", 2), ("BLOCKS", 1), ("GATED", 0)]),
     ("wide", &[("STAGES", 8), ("NORM", 0), ("GATED", 0), ("OUT_F32", 1)]),
     ("wide", &[("STAGES", 12), ("NORM", 1), ("GATED", 0), ("OUT_F32", 0)]),
     ("wide", &[("STAGES", 10), ("NORM", 1), ("GATED", 1), ("OUT_F32", 0)]),

@@ -242,9 +242,17 @@ fn linear_of_long_rows() {
 /// Strips of one block, of two and of four, the last one cut.
 #[test]
 fn linear_of_large_matrices() {
-    let all =
-        [(17, 5136, 5128), (32, 8368, 5128), (48, 7184, 5128), (64, 5168, 5160), (64, 25456, 5128)];
-    linear_cases("large matrices", &all, &[(17, 5136, 5128)]);
+    let all = [
+        (17, 5136, 5128),
+        (32, 8368, 5128),
+        (48, 7184, 5128),
+        (64, 5168, 5160),
+        (64, 25456, 5128),
+        // So little of x that a block reads all of it.
+        (40, 4112, 1032),
+        (64, 6144, 1024),
+    ];
+    linear_cases("large matrices", &all, &[(17, 5136, 5128), (64, 4112, 1032)]);
 }
 
 fn linear_cases(test: &str, all: &[Product], race_checked_ones: &[Product]) {
