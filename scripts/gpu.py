@@ -12,7 +12,7 @@
   start        process start to ready, with an empty and with a filled kernel cache
   steps        decode steps and prefill
   operations   the parts of a step
-  offline      the reference's offline benchmark, with and without overlap
+  offline      the reference's offline benchmark, also without overlap, and where prompts ride along
   online       four loads on the server
   tp-tests     collectives and tiny checkpoints over all cards
   tp-exchange  sums over ranks by size, peer memory against NCCL
@@ -386,10 +386,15 @@ class Bench:
 
     def offline(self):
         figures = {}
+        ways = {
+            "": [],
+            ", no overlap": ["--disable-overlap"],
+            ", mixed": ["--schedule-policy", "lof", "--max-mixed-tokens", "256"],
+        }
         for model in self.args.models:
-            for name, flags in [(model, []), (f"{model}, no overlap", ["--disable-overlap"])]:
-                figures[name] = self.bench("offline", model, *flags)
-                self.print_offline(name, figures[name])
+            for way, flags in ways.items():
+                figures[model + way] = self.bench("offline", model, *flags)
+                self.print_offline(model + way, figures[model + way])
         self.keep("offline", figures)
 
     def online(self):
