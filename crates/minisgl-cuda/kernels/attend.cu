@@ -210,6 +210,8 @@ attend(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
             int len = work.lens[i / norm_lines];
             if (len > 0) prefetch_line(a.rope + (long long)(len - 1) * DIM + i % norm_lines * 32);
         }
+        // Barriers like these want whole warps.
+        __syncwarp();
         named_arrive(2, THREADS + 32);
         // Each warp's first two tiles, the second ones when the first matrix is no longer in their place.
         int count = work.to - work.from, place = find(a, work, work.from + lane, 0, kv_head);
@@ -221,6 +223,7 @@ attend(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
             }
         };
         fetch_tiles(0);
+        __syncwarp();
         named_barrier(FIRST_IS_READ, THREADS + 32);
         fetch_tiles(WARPS);
         // The second matrix, but what lies where there are tiles yet.
