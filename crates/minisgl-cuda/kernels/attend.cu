@@ -17,10 +17,9 @@
 #define QKV ((GROUP + 2) * DIM)
 // Tiles on their way, two of each warp: a place in the ring is always the same warp's.
 #define STAGES (2 * WARPS)
-// At which the summing warps say that they have read the first matrix, and the tiles: of all barriers racecheck
-// takes number 0 alone for an order of reads and the writes behind them.
-#define FIRST_IS_READ (RACE_CHECKED ? 0 : 3)
-#define TILES_ARE_READ (RACE_CHECKED ? 0 : 4)
+// Named barriers at which the summing warps say that they have read the first matrix, and the tiles.
+#define FIRST_IS_READ 3
+#define TILES_ARE_READ 4
 // Pairs of a row and a block that has tiles of it, counted by the sum of both.
 #define PAIRS_MAX (ROWS + CLUSTER - 1)
 
@@ -229,6 +228,7 @@ attend(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
         // The second matrix, but what lies where there are tiles yet.
         bool has_room = count <= second / STAGE_BYTES;
         fetch_second(has_room ? 0 : LATE, SECOND * 16);
+        __syncwarp();
         // All tiles are done.
         named_barrier(TILES_ARE_READ, THREADS + 32);
         if (!has_room) fetch_second(0, LATE);

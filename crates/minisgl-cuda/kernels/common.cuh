@@ -6,7 +6,7 @@
 // every thread calls `wait_for_previous()` before it touches anything that an earlier kernel writes or reads.
 // Only loads of weights stand before that call and, in a graph, those of lengths, pages and older tokens, which
 // no kernel of the graph writes, and of plans (`decode_work.cuh`): the first kernel behind a plan is launched so that
-// it starts when the plan is there, and so do all behind it. A kernel is done when its last thread is, so that this
+// it starts when the plan is there, and so do all behind it; and `upload` reads the host's memory. A kernel is done when its last thread is, so that this
 // orders it behind all before it.
 
 typedef unsigned int u32;

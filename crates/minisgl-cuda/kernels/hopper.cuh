@@ -46,8 +46,7 @@ __device__ __forceinline__ void named_barrier(int number, int threads) {
 __device__ __forceinline__ void named_arrive(int number, int threads) {
     asm volatile("bar.arrive %0, %1;" :: "r"(number), "r"(threads) : "memory");
 }
-// As `named_arrive`, for threads that could wait: before a race checker, which takes for ordered only what threads
-// did that meet, they do.
+// As `named_arrive`; with RACE_CHECKED the threads wait, too, since racecheck orders only what threads did that meet.
 __device__ __forceinline__ void named_leave(int number, int threads) {
     if (RACE_CHECKED) named_barrier(number, threads);
     else named_arrive(number, threads);

@@ -250,7 +250,7 @@ impl CudaBackend {
             k_eps,
             k_shift,
             scale: a.attention.scale,
-            soft_cap: a.attention.soft_cap.unwrap_or(0.0),
+            soft_cap: 0.0,
             window: a.attention.window.map_or(0, |window| window as i32),
         };
         let map = |pages| page_matrix(pages, &a.attention, TILE).map_parts();

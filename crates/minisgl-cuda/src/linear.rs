@@ -210,8 +210,8 @@ pub(crate) fn gemv_variants(streams: bool) -> Vec<(Module, Vec<(&'static str, i3
     all
 }
 
-/// `STAGE` in `kernels/stream.cu`, and the bytes of a block's stages: so little shared memory that the next
-/// product's blocks find room beside two of this one's.
+/// `STAGE` in `kernels/stream.cu`, and the bytes of a block's stages: so little shared memory that, up to 8 rows, the
+/// next product's blocks find room beside two of this one's.
 const STREAM_STAGE: (usize, usize) = (512, 53 << 10);
 /// The same for logits, behind which no product comes.
 const LOGITS_STAGE: (usize, usize) = (1024, 88 << 10);

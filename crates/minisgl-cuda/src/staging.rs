@@ -23,9 +23,9 @@ pub(crate) struct Staging {
     device: Arc<Device>,
     ring: Mutex<(Vec<Pinned>, usize)>,
     pool: Arc<Mutex<Vec<Pinned>>>,
-    /// Kernels of `elementwise.cu`.
-    upload_words: Function,
-    download_words: Function,
+    /// Kernels of `elementwise.cu`, for what a step sends to and fro.
+    upload_kernel: Function,
+    download_kernel: Function,
 }
 
 impl Staging {
@@ -38,13 +38,23 @@ impl Staging {
             device: Arc::clone(device),
             ring: Mutex::new((ring, 0)),
             pool: Arc::new(Mutex::new(pool)),
-            upload_words: kernels.get(Module::Elementwise, &[], "upload")?,
-            download_words: kernels.get(Module::Elementwise, &[], "download")?,
+            upload_kernel: kernels.get(Module::Elementwise, &[], "upload")?,
+            download_kernel: kernels.get(Module::Elementwise, &[], "download")?,
         })
     }
 
     /// Copies `src` to the front of `dst`; `src` may be reused when this returns.
     pub(crate) fn upload(&self, src: &[u8], dst: &Tensor) -> Result<()> {
+        self.copy_in(src, dst, is_for_kernel(src.len(), dst.address()))
+    }
+
+    /// As `upload`, of weights: kernels read these before they wait for the ones in front, and so they are not
+    /// written by kernels.
+    pub(crate) fn load(&self, src: &[u8], dst: &Tensor) -> Result<()> {
+        self.copy_in(src, dst, false)
+    }
+
+    fn copy_in(&self, src: &[u8], dst: &Tensor, by_kernel: bool) -> Result<()> {
         if src.len() > dst.bytes() {
             return Err(fail(format!("{} bytes do not fit {dst:?}", src.len())));
         }
@@ -58,9 +68,9 @@ impl Staging {
             let slot = &mut slots[*next];
             *next = (*next + 1) % SLOTS;
             let to = dst.address() + (i * SLOT_BYTES) as u64;
-            if takes_a_kernel(part.len(), to) {
+            if by_kernel {
                 slot.fill(part)?;
-                self.copy_words(self.upload_words, slot.address as u64, to, part.len())?;
+                self.copy_words(self.upload_kernel, slot.address as u64, to, part.len())?;
                 slot.record()?;
             } else {
                 slot.send(part, to)?;
@@ -79,9 +89,9 @@ impl Staging {
             None => Pinned::new(&self.device, bytes.next_power_of_two().max(4096))?,
         };
         drop(pool);
-        if takes_a_kernel(bytes, src.address()) {
+        if is_for_kernel(bytes, src.address()) {
             let to = pinned.address as u64;
-            self.copy_words(self.download_words, src.address(), to, bytes)?;
+            self.copy_words(self.download_kernel, src.address(), to, bytes)?;
         } else {
             let to = &mut pinned.bytes_mut()[..bytes];
             // SAFETY: the buffer is owned by the download until its event has come.
@@ -102,7 +112,7 @@ impl Staging {
 }
 
 /// Whether so many bytes to or from such an address on the card are copied by a kernel.
-fn takes_a_kernel(bytes: usize, address: u64) -> bool {
+fn is_for_kernel(bytes: usize, address: u64) -> bool {
     bytes <= KERNEL_BYTES_MAX && bytes.is_multiple_of(4) && address.is_multiple_of(4)
 }
 

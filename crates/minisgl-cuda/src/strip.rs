@@ -1,4 +1,4 @@
-//! Matrix products of dozens of rows with large matrices of long rows, on Hopper: `kernels/strip.cu`.
+//! Matrix products of dozens of rows with large matrices, on Hopper: `kernels/strip.cu`.
 
 use minisgl_tensor::{Activation, DType, Linear, Result, Store, Tensor};
 
@@ -11,12 +11,13 @@ use crate::weights::tensor;
 
 /// Rows of x that the kernel is compiled for. With 128, x has as many bytes as a strip of w, and cuBLASLt was faster.
 const ROWS: [usize; 2] = [32, 64];
-/// The smallest matrices and the shortest rows that were measured, Qwen3-0.6B's qkv: where others should go is not
-/// known.
-const ELEMENTS_MIN: usize = 4 << 20;
-const ROW_MIN: usize = 1024;
-/// So much of x a block reads in less time than a cluster takes to exchange its sums.
-const X_BYTES_SMALL: usize = 128 << 10;
+/// The smallest matrices and the shortest rows that were measured, Qwen3-8B's o: where others should go is not known.
+const ELEMENTS_MIN: usize = 16 << 20;
+const ROW_MIN: usize = 4096;
+/// The same where a block reads all of x in less time than a cluster takes to exchange its sums: Qwen3-0.6B's qkv.
+const SMALL_ELEMENTS_MIN: usize = 4 << 20;
+const SMALL_ROW_MIN: usize = 1024;
+const SMALL_X_BYTES: usize = 128 << 10;
 /// As in the kernel: rows of w in a unit, elements of k in a step, threads that multiply, and the most
 /// stages.
 const UNIT: usize = 16;
@@ -65,17 +66,23 @@ pub(crate) struct Division {
 impl Division {
     /// `None` where `strip.cu` does not take such a product, or is not known to be faster than cuBLASLt.
     fn new(x_rows: usize, w_rows: usize, k: usize, multiprocessors: usize) -> Option<Self> {
-        if x_rows <= GEMV_ROWS_MAX || k < ROW_MIN || w_rows * k < ELEMENTS_MIN {
+        let rows = ROWS.into_iter().find(|rows| x_rows <= *rows)?;
+        let by_clusters = |blocks| Self::by_clusters(blocks, rows, w_rows, multiprocessors);
+        let is_known = |elements, row| k >= row && w_rows * k >= elements;
+        if x_rows <= GEMV_ROWS_MAX {
             return None;
         }
-        let rows = ROWS.into_iter().find(|rows| x_rows <= *rows)?;
-        let all = BLOCKS.map(|blocks| Self::by_clusters(blocks, rows, w_rows, multiprocessors));
-        if rows * k * 2 <= X_BYTES_SMALL {
-            return all.into_iter().flatten().next();
+        if rows * k * 2 <= SMALL_X_BYTES {
+            return by_clusters(1).filter(|_| is_known(SMALL_ELEMENTS_MIN, SMALL_ROW_MIN));
         }
+        if !is_known(ELEMENTS_MIN, ROW_MIN) {
+            return None;
+        }
+        let all = BLOCKS.map(by_clusters);
         // A multiprocessor takes in x beside w: strips shall be half as high again as x, or as high as they can.
         let is_high = |d: &&Self| d.units * UNIT * 2 > d.rows * 3;
-        all.iter().flatten().find(is_high).or(all.iter().flatten().last()).copied()
+        let strips = || all.iter().flatten().filter(|d| d.units * UNIT >= d.rows);
+        strips().find(is_high).or(strips().next_back()).copied()
     }
 
     /// Of so many blocks; `None` where a strip's sums fit no registers, or an eighth of the multiprocessors would
@@ -189,9 +196,14 @@ mod tests {
     #[test]
     fn all_units_and_all_memory_are_there() {
         for x_rows in [17, 32, 33, 64] {
-            for (w_rows, k) in
-                [(7168, 5120), (34816, 5120), (5120, 17408), (28672, 8192), (5128, 8200)]
-            {
+            for (w_rows, k) in [
+                (7168, 5120),
+                (34816, 5120),
+                (5120, 17408),
+                (28672, 8192),
+                (5128, 8200),
+                (4096, 4096),
+            ] {
                 let d = Division::new(x_rows, w_rows, k, MULTIPROCESSORS).unwrap();
                 let what = format!("{x_rows} × {w_rows} × {k}: {d:?}");
                 assert!(d.rows >= x_rows && (2..=UNITS_MAX).contains(&d.units), "{what}");
@@ -233,8 +245,12 @@ mod tests {
         for (x_rows, w_rows, k) in [
             (16, 34816, 5120),
             (65, 34816, 5120),
-            // Qwen3-0.6B's down.
+            // Qwen3-0.6B's down, Qwen3-1.7B's qkv, gate and up.
             (64, 1024, 3072),
+            (64, 4096, 2048),
+            (64, 12288, 2048),
+            // Llama 3.2 1B's down, of which strips would be lower than x.
+            (64, 2048, 8192),
             // So few rows that strips would be few, and so many that they would be too high.
             (64, 1024, 32768),
             (64, 51200, 5120),

@@ -32,7 +32,7 @@ impl CudaBackend {
             }
             let place = flat.rows(at..at + count);
             if part.dtype == dtype && part.scale.is_none() {
-                self.staging.upload(&part.data, &place)?;
+                self.staging.load(&part.data, &place)?;
             } else {
                 self.upload_converted(part, &place)?;
             }
@@ -79,10 +79,10 @@ impl CudaBackend {
             }
             let to = place.rows(first * cols..last * cols);
             if f32s {
-                return self.staging.upload(bytemuck::cast_slice(&values), &to);
+                return self.staging.load(bytemuck::cast_slice(&values), &to);
             }
             let rounded: Vec<bf16> = values.iter().map(|&x| bf16::from_f32(x)).collect();
-            self.staging.upload(bytemuck::cast_slice(&rounded), &to)
+            self.staging.load(bytemuck::cast_slice(&rounded), &to)
         };
         // A thread a part of the pieces: converting takes longer than the way to the card.
         let starts: Vec<usize> = (0..rows).step_by(piece).collect();

@@ -72,7 +72,8 @@ fn kernels_compile_without_spills() {
             }
         }
         for dim in [64, 128, 256].into_iter().filter(|_| arch != "sm_80") {
-            for (halves, soft_cap, cascade) in [(1, 0, 0), (2, 0, 0), (2, 1, 0), (2, 0, 1)] {
+            let variants = [(1, 0, 0), (2, 0, 0), (1, 1, 0), (2, 1, 0), (2, 0, 1), (2, 1, 1)];
+            for (halves, soft_cap, cascade) in variants {
                 // Heads of 256 spill a few bytes.
                 let defines = [
                     ("DIM", dim),
@@ -96,8 +97,9 @@ fn kernels_compile_without_spills() {
                 ("LATE", 19),
                 ("SOFT_CAP", 0),
             ];
-            // On 10.0 heads of 128 spill two registers.
-            check(Module::Attend, &defines, arch, false, arch == "sm_90a" || dim < 128);
+            // On 10.0, where nobody has run it, heads of 128 spill two registers.
+            let spills = if arch == "sm_100" && dim == 128 { 8 } else { 0 };
+            check_spills(Module::Attend, &defines, arch, false, Some(spills));
         }
         for (first, second) in [(3, 4), (7, 8), (8, 4)].into_iter().filter(|_| arch != "sm_80") {
             let defines = [("CLUSTER", 8), ("FIRST", first), ("SECOND", second)];
@@ -150,12 +152,29 @@ fn kernels_compile_without_spills() {
 }
 
 fn check(module: Module, defines: &[(&'static str, i32)], arch: &str, exact: bool, hot: bool) {
+    check_spills(module, defines, arch, exact, hot.then_some(0));
+}
+
+/// A hot kernel stores no more bytes of registers than `most`.
+fn check_spills(
+    module: Module,
+    defines: &[(&'static str, i32)],
+    arch: &str,
+    exact: bool,
+    most: Option<u32>,
+) {
     let (cubin, report) = compile(module, defines, arch, exact).unwrap();
     assert!(!cubin.is_empty());
-    for line in report.lines().filter(|line| hot && line.contains("spill")) {
-        assert!(line.contains(" 0 bytes spill stores"), "{module:?} {defines:?} {arch}: {line}");
+    let Some(most) = most else { return };
+    let mut lines = 0;
+    for line in report.lines() {
+        let Some((before, _)) = line.split_once(" bytes spill stores") else { continue };
+        let bytes: u32 = before.rsplit(' ').next().unwrap().parse().unwrap();
+        assert!(bytes <= most, "{module:?} {defines:?} {arch}: {line}");
+        lines += 1;
     }
+    assert!(lines > 0, "ptxas says nothing of spills: {report}");
     // Which ptxas says where it has products of four warps wait for one another.
-    let serial = report.lines().find(|line| hot && line.contains("are serialized"));
+    let serial = report.lines().find(|line| line.contains("are serialized"));
     assert!(serial.is_none(), "{module:?} {defines:?} {arch}: {serial:?}");
 }

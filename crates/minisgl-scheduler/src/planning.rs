@@ -59,10 +59,10 @@ impl<E: Engine, S: OutputSink> Scheduler<E, S> {
         })
     }
 
-    /// How many tokens of prompts so many decodes have beside them: some always, so that nobody waits for ever.
+    /// How many tokens of prompts so many decodes have beside them: a page's always, so that nobody waits for ever.
     fn room_beside(&self, decodes: usize) -> usize {
         match self.options.mixed_tokens_max {
-            Some(mixed) if 3 * decodes >= mixed => {
+            Some(mixed) if decodes > 0 && 3 * decodes >= mixed => {
                 mixed.saturating_sub(decodes).max(self.memory.page_size())
             }
             _ => usize::MAX,

@@ -111,25 +111,47 @@ fn the_longest_outputs_can_go_first() {
     assert!(began.is_sorted(), "{:?}", served.first_tokens);
 }
 
-/// Where many requests decode, prompts get what these leave of a smaller step; where few do, all there is.
+/// Where many requests decode, prompts get what these leave of a smaller step, or a page; where few do, all
+/// there is.
 #[test]
 fn prompts_ride_along_with_many_decodes() {
-    let limits = EngineLimits { pages: 4096, ..limits() };
-    let (mut largest_mixed, mut largest) = (0, 0);
-    let on_launch = |plan: &StepPlan| {
-        let decodes = plan.rows.iter().filter(|row| row.input == RowInput::Sampled).count();
-        if decodes < 8 {
-            largest = largest.max(plan.tokens());
-        } else if decodes < plan.rows.len() {
-            largest_mixed = largest_mixed.max(plan.tokens());
-        }
+    for mixed in [0, 1, 24, 1000] {
+        let limits = EngineLimits { pages: 4096, ..limits() };
+        let (mut largest_mixed, mut largest, mut pages) = (0, 0, 0);
+        let on_launch = |plan: &StepPlan| {
+            let decodes = plan.rows.iter().filter(|row| row.input == RowInput::Sampled).count();
+            let prompts = plan.tokens() - decodes;
+            if decodes == 0 || 3 * decodes < mixed {
+                largest = largest.max(plan.tokens());
+            } else if decodes >= mixed {
+                assert!(prompts <= 4, "{prompts} tokens beside {decodes} decodes");
+                pages += prompts / 4;
+            } else if prompts > 0 {
+                largest_mixed = largest_mixed.max(plan.tokens());
+            }
+        };
+        let engine = Hooked { engine: engine(limits), on_launch, on_wait: |_: &StepPlan| {} };
+        let many = (0..60).map(|id| submit(request(id, prompt(id as u32, 50), greedy(40))));
+        let options = SchedulerOptions { mixed_tokens_max: Some(mixed), ..options() };
+        let served = serve(engine, options, many);
+        assert_eq!(served.first_tokens.len(), 60);
+        assert_eq!(largest, 128);
+        assert_eq!(largest_mixed, if mixed == 24 { 24 } else { 0 });
+        assert_eq!(pages > 0, mixed < 24, "pages beside so many decodes that nothing is left");
+    }
+}
+
+/// Who was preempted goes first, whatever others may generate.
+#[test]
+fn the_longest_outputs_go_behind_those_that_were_preempted() {
+    let limits = EngineLimits { page_size: 1, pages: 400, ..limits() };
+    let many = |options: SchedulerOptions| {
+        let requests = (0..40).map(|id| request(id, prompt(id as u32, 20), greedy(40 + id as u32)));
+        serve(engine(limits), options, requests.map(submit))
     };
-    let engine = Hooked { engine: engine(limits), on_launch, on_wait: |_: &StepPlan| {} };
-    let many = (0..60).map(|id| submit(request(id, prompt(id as u32, 50), greedy(40))));
-    let options = SchedulerOptions { mixed_tokens_max: Some(24), ..options() };
-    let served = serve(engine, options, many);
-    assert_eq!(served.first_tokens.len(), 60);
-    assert_eq!((largest_mixed, largest), (24, 128));
+    let lof = many(SchedulerOptions { policy: SchedulePolicy::Lof, ..options() });
+    assert!(lof.stats.preemptions.load(Relaxed) > 0);
+    assert_eq!(lof.all_tokens(), many(options()).all_tokens());
 }
 
 /// More requests than tokens in a step, or than slots: all get on.

@@ -94,7 +94,7 @@ pub trait Backend: Send + Sync {
     /// `out[t] = table[ids[t]] · scale`. Ids outside `range` (another rank's share of the
     /// vocabulary) give a row of zeros.
     ///
-    /// A forward pass begins with it: until the next one, only `upload` changes what its `Batch` holds.
+    /// A forward pass begins with it: from then until the next `upload`, nothing changes what its `Batch` holds.
     ///
     /// `input_ids [tokens] I32`, `token_table [slots] I32`, `out [tokens, hidden]`.
     fn embed(&self, args: &Embed<'_>, out: &Tensor) -> Result<()>;

@@ -103,14 +103,15 @@ pub struct RuntimeOptions {
     )]
     pub max_prefill_length: Option<usize>,
 
-    /// Tokens that a step computes in which a third as many requests generate, or more: prompts then ride along,
-    /// which steadies the time between tokens, and spares a large model readings of its weights [default:
-    /// --max-prefill-length]
+    /// Most tokens of a step once a third as many requests generate: prompts then ride along, by a page a step at
+    /// least, which steadies the time between tokens, and spares a large model readings of its weights
+    /// [default: --max-prefill-length]
     #[arg(long, value_name = "TOKENS", help_heading = "Scheduling")]
     pub max_mixed_tokens: Option<usize>,
 
     /// Which waiting request runs next: fcfs as they came, or lof, the one that may generate the most
-    /// tokens, which ends a batch of requests of many lengths sooner
+    /// tokens, which ends a batch of requests of many lengths sooner; on a server, short ones may
+    /// wait for as long as longer ones come
     #[arg(long, value_enum, default_value_t, help_heading = "Scheduling")]
     pub schedule_policy: SchedulePolicy,
 

@@ -110,7 +110,10 @@ template <typename Land> void land_later(u32 barrier, int bytes, Land land) {
 
 inline void named_barrier(int number, int threads) { machine::named_meeting(number).meet(threads); }
 inline void named_arrive(int number, int threads) { machine::named_meeting(number).arrive(threads); }
-inline void named_leave(int number, int threads) { named_arrive(number, threads); }
+inline void named_leave(int number, int threads) {
+    if (RACE_CHECKED) named_barrier(number, threads);
+    else named_arrive(number, threads);
+}
 
 inline void store_shared(u32 address, u32 value) { memcpy(bytes_at(address), &value, 4); }
 inline void store_shared(u32 address, uint4 x) {
