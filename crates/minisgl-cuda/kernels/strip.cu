@@ -52,16 +52,6 @@ struct Shared {
     }
 };
 
-// A place in a ring of stages, and the parity of its phase. Divisions would cost more than a step does.
-struct Ring {
-    int stages;
-    u32 stage = 0, parity = 0;
-    __device__ explicit Ring(int stages) : stages(stages) {}
-    __device__ void next() {
-        if (++stage == stages) stage = 0, parity ^= 1;
-    }
-};
-
 // One thread's: all copies. `upper`, `lower`: boxes of each warpgroup's units. Blocks begin at different steps, so
 // that they do not all ask for the same lines of x at once.
 __device__ __forceinline__ void fetch(const Args &a, const TensorMap &upper, const TensorMap &lower, const TensorMap &x, const Part &p, const Shared &s) {

@@ -46,10 +46,18 @@ impl Module {
                 concat!(include_str!("../kernels/hopper.cuh"), include_str!("../kernels/wide.cu"))
             }
             Module::Narrow => {
-                concat!(include_str!("../kernels/hopper.cuh"), include_str!("../kernels/narrow.cu"))
+                concat!(
+                    include_str!("../kernels/hopper.cuh"),
+                    include_str!("../kernels/ring.cuh"),
+                    include_str!("../kernels/narrow.cu")
+                )
             }
             Module::Strip => {
-                concat!(include_str!("../kernels/hopper.cuh"), include_str!("../kernels/strip.cu"))
+                concat!(
+                    include_str!("../kernels/hopper.cuh"),
+                    include_str!("../kernels/ring.cuh"),
+                    include_str!("../kernels/strip.cu")
+                )
             }
             Module::Attention => include_str!("../kernels/attention.cu"),
             Module::Decode => {

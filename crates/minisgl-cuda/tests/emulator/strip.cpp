@@ -1,6 +1,7 @@
 // `strip.cu`: X_ROWS rows of x, strips of UNITS units, clusters of BLOCKS, GATED.
 #include "ptx.h"
 
+#include "ring.cuh"
 #include "strip.cu"
 
 #include "check.h"
