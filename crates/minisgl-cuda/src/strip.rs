@@ -14,7 +14,8 @@ const ROWS: [usize; 2] = [32, 64];
 /// The smallest matrices and the shortest rows that were measured, Qwen3-8B's o: where others should go is not known.
 const ELEMENTS_MIN: usize = 16 << 20;
 const ROW_MIN: usize = 4096;
-/// The same where a block reads all of x in less time than a cluster takes to exchange its sums: Qwen3-0.6B's qkv.
+/// The same of more than 32 rows, where a block reads all of x in less time than a cluster takes to exchange its
+/// sums: Qwen3-0.6B's qkv. Of fewer rows, `narrow.cu` was faster.
 const SMALL_ELEMENTS_MIN: usize = 4 << 20;
 const SMALL_ROW_MIN: usize = 1024;
 const SMALL_X_BYTES: usize = 128 << 10;
@@ -73,7 +74,8 @@ impl Division {
             return None;
         }
         if rows * k * 2 <= SMALL_X_BYTES {
-            return by_clusters(1).filter(|_| is_known(SMALL_ELEMENTS_MIN, SMALL_ROW_MIN));
+            let takes = x_rows > ROWS[0] && is_known(SMALL_ELEMENTS_MIN, SMALL_ROW_MIN);
+            return takes.then(|| by_clusters(1)).flatten();
         }
         if !is_known(ELEMENTS_MIN, ROW_MIN) {
             return None;
@@ -245,8 +247,10 @@ mod tests {
         for (x_rows, w_rows, k) in [
             (16, 34816, 5120),
             (65, 34816, 5120),
-            // Qwen3-0.6B's down, Qwen3-1.7B's qkv, gate and up.
+            // Qwen3-0.6B's gate and up of few rows, and down; Qwen3-1.7B's qkv, gate and up.
+            (32, 6144, 1024),
             (64, 1024, 3072),
+            (32, 12288, 2048),
             (64, 4096, 2048),
             (64, 12288, 2048),
             // Llama 3.2 1B's down, of which strips would be lower than x.
