@@ -4,10 +4,12 @@
 // Every kernel calls `let_next_start()` first (`wide.cu` and `strip.cu` when they ask for their last weights):
 // its successor may be launched as soon as all of its own blocks have (programmatic dependent launch). And
 // every thread calls `wait_for_previous()` before it touches anything that an earlier kernel writes or reads.
-// Only loads of weights stand before that call and, in a graph, those of lengths, pages and older tokens, which
-// no kernel of the graph writes, and of plans (`decode_work.cuh`): the first kernel behind a plan is launched so that
-// it starts when the plan is there, and so do all behind it; and `upload` reads the host's memory. A kernel is done when its last thread is, so that this
-// orders it behind all before it.
+// A kernel is done when its last thread is, so that this orders it behind all before it. Before that call stand only
+// loads of what no kernel in front writes:
+//   - weights; and of the host's memory, in `upload`;
+//   - in a graph, lengths, pages and older tokens;
+//   - in a graph, plans (`decode_work.cuh`): the first kernel behind a plan is launched so that it starts when the plan
+//     is there, and so do all behind it.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;

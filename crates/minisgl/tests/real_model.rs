@@ -196,8 +196,8 @@ fn forced_answers_are_as_likely_as_the_reference_finds_them() {
     // Activations of 8 bits. Which way one of them is rounded hangs on the last bit of a sum, and the
     // distances on that: with norms one part in 2²³ larger or smaller, the means of ten runs were
     // 0.108 to 0.124 on AVX2 and 0.108 to 0.128 on AVX-512 and AMX, the largest 0.63 to 1.67. So
-    // three orders of adding up are taken together (of a card, where activations are bf16, only one). llama.cpp rounds likewise: in one order, the same
-    // measurement finds a mean of 0.113 there.
+    // three orders of adding up are taken together (of a card, where activations are bf16, only one).
+    // llama.cpp rounds likewise: in one order, the same measurement finds a mean of 0.113 there.
     let ranks = |n| RuntimeOptions { dtype: Dtype::Auto, tp: Some(n), threads: Some(1), ..exact() };
     let native = Distance::of((1..=ranks_max()).flat_map(|n| distances(ranks(n))).collect());
     eprintln!("native: {native:.4?}");
