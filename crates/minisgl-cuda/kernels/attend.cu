@@ -209,9 +209,6 @@ attend(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
             int len = work.lens[i / norm_lines];
             if (len > 0) prefetch_line(a.rope + (long long)(len - 1) * DIM + i % norm_lines * 32);
         }
-        // Barriers like these want whole warps.
-        __syncwarp();
-        named_arrive(2, THREADS + 32);
         // Each warp's first two tiles, the second ones when the first matrix is no longer in their place.
         int count = work.to - work.from, place = find(a, work, work.from + lane, 0, kv_head);
         auto fetch_tiles = [&](int from) {
@@ -222,8 +219,11 @@ attend(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
             }
         };
         fetch_tiles(0);
+        // Barriers like these want whole warps.
         __syncwarp();
         named_barrier(FIRST_IS_READ, THREADS + 32);
+        // The others know from here on how work is divided.
+        named_leave(2, THREADS + 32);
         fetch_tiles(WARPS);
         // The second matrix, but what lies where there are tiles yet.
         bool has_room = count <= second / STAGE_BYTES;
@@ -234,7 +234,7 @@ attend(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
         if (!has_room) fetch_second(0, LATE);
         end_copies();
         wait_for_copies<0>();
-        named_arrive(2, THREADS + 32);
+        named_leave(2, THREADS + 32);
         wait_for_previous();
         return;
     }
