@@ -43,14 +43,14 @@ extern "C" __global__ void survey(const float *logits, const float *temperature,
     index = __reduce_min_sync(~0u, index);
     float t = temperature[row], inverse = t > 0.f ? 1.f / t : 0.f, sum = 0.f;
 #pragma unroll
-    for (int j = 0; j < CHUNK / 32; j++) sum += held[j] == -infinity() ? 0.f : __expf((held[j] - top) * inverse);
+    for (int j = 0; j < CHUNK / 32; j++) sum += held[j] > -infinity() ? __expf((held[j] - top) * inverse) : 0.f;
     sum = warp_sum(sum);
     if (lane == 0) stats[(long long)row * chunks + chunk] = make_float4(top, __int_as_float(index), sum, 0.f);
 }
 
-// exp((x − top) / t) as an integer; the most likely token has 2³².
+// exp((x − top) / t) as an integer; the most likely token has 2³², what is no number nothing.
 __device__ __forceinline__ u64 weight(float x, float top, float inverse) {
-    return x == -infinity() ? 0 : u64(double(__expf((x - top) * inverse)) * 4294967296.0);
+    return x > -infinity() ? u64(double(__expf((x - top) * inverse)) * 4294967296.0) : 0;
 }
 
 // A block's running sums: of `own` of all threads up to this one, it included, and of all 1,024.
@@ -94,8 +94,8 @@ choose(const float *logits, const float4 *stats, const float *temperature, const
     int k = top_k[row];
     float u = uniform(u32(seed[row].x), u32(seed[row].y), u32(position[row]));
     float4 own_stats = lane < chunks ? stats[lane] : make_float4(-infinity(), 0.f, 0.f, 0.f);
-    // The highest logit, then the lowest index that has it.
-    if (lane == 0) chosen = 0x7fffffff;
+    // The highest logit, then the lowest index that has it. Where logits are no numbers, no thread finds anything.
+    if (lane == 0) chosen = 0x7fffffff, prefix = 0, budget = 0;
     __shared__ float tops[32];
     float top = own_stats.x;
     for (int c = lane + 1024; c < chunks; c += 1024) top = fmaxf(top, stats[c].x);
@@ -120,8 +120,8 @@ choose(const float *logits, const float4 *stats, const float *temperature, const
     float inverse = 1.f / t;
     if ((k <= 0 || k >= vocab) && p >= 1.f && least <= 0.f && chunks <= 1024) {
         // A plain draw: the chunk by the survey's sums, then the token inside it.
-        u64 own = own_stats.x == -infinity()
-                      ? 0 : u64(double(own_stats.z) * double(__expf((own_stats.x - top) * inverse)) * 4294967296.0);
+        u64 own = own_stats.x > -infinity()
+                      ? u64(double(own_stats.z) * double(__expf((own_stats.x - top) * inverse)) * 4294967296.0) : 0;
         Scan chunks_to = scan(own, warps);
         u64 target = u64(double(u) * double(chunks_to.all)), before = chunks_to.here - own;
         if (target >= before && target < chunks_to.here) prefix = lane, budget = target - before;

@@ -481,6 +481,7 @@ fn sampling() {
             .reshape(&[rows, vocab]);
         let mut order: Vec<usize> = (0..vocab).collect();
         order.sort_by(|&a, &b| row[b].total_cmp(&row[a]));
+        let no_numbers = r.f32s(&vec![f64::NAN; rows * vocab]).reshape(&[rows, vocab]);
         let table = r.ints(&vec![-1; rows], &[rows]);
         for (t, k, p, m) in [
             (0.0, 0, 1.0, 0.0),
@@ -545,6 +546,10 @@ fn sampling() {
                 distance <= 5.0 * (spread / rows as f64).sqrt() + 1e-6,
                 "t {t} k {k} p {p} m {m}: {mean} for {expected}"
             );
+            // Some token, where there is none to be drawn.
+            r.b.sample(&args, &no_numbers).unwrap();
+            let got = r.get_ints(&tokens);
+            assert!(got.iter().all(|&i| (0..vocab as i32).contains(&i)), "t {t} k {k} p {p} m {m}");
         }
         // Log-probabilities.
         let top = 4;
