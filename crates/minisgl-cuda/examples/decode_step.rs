@@ -244,7 +244,12 @@ impl<'a> Model<'a> {
                 data: data.into(),
                 scale: None,
             };
-            Ok::<_, BackendError>(Norm { weight: b.vector(&[part])?, eps: 1e-6, plus_one: false })
+            Ok::<_, BackendError>(Norm {
+                weight: b.vector(&[part])?,
+                eps: 1e-6,
+                plus_one: false,
+                folded: false,
+            })
         };
         let matrix = |rows, cols, seed| b.random_matrix(&[rows, cols], seed, 0.02);
         let cache = |seed| -> Result<Tensor> {
@@ -265,13 +270,16 @@ impl<'a> Model<'a> {
                     kv: KvLayer { k: cache(seed + 5)?, v: cache(seed + 6)? },
                 })
             })
-            .collect::<Result<_>>()?;
+            .collect::<Result<Vec<_>>>()?;
+        let norm = layers.iter().try_fold(ones(s.hidden)?, |norm, layer: &Layer| {
+            b.fold_norm(b.fold_norm(norm, &layer.qkv)?, &layer.gate_up)
+        })?;
         Ok(Self {
             b,
             shape: s,
             table: matrix(s.vocab, s.hidden, 9999)?,
             layers,
-            norm: ones(s.hidden)?,
+            norm,
             head_norm: ones(s.heads.dim)?,
             rope: rotation(b, s.heads.dim)?,
             token_table: b.alloc(DType::I32, &[slots])?,

@@ -66,7 +66,11 @@ fn line(b: &CudaBackend, p: &Product, batches: &[usize]) -> Result<String> {
         data: ones.into(),
         scale: None,
     };
-    let norm = Norm { weight: b.vector(&[part])?, eps: 1e-6, plus_one: false };
+    let mut norm = Norm { weight: b.vector(&[part])?, eps: 1e-6, plus_one: false, folded: false };
+    // The head's is the embedding, which nothing is folded into.
+    if p.out == DType::BF16 {
+        norm = weights.iter().try_fold(norm, |norm, weight| b.fold_norm(norm, weight))?;
+    }
     let mut text = String::new();
     for &rows in batches {
         let x = b.alloc(DType::BF16, &[rows, p.k])?;

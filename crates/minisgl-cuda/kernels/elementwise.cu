@@ -66,6 +66,13 @@ extern "C" __global__ void rms_norm(const T *x, const float *weight, float eps, 
         to[i] = from_float<T>(to_float(from[i]) * scale * (weight[i] + shift));
 }
 
+// w[m, k] *= weight[k] + shift. A thread has 8 elements.
+extern "C" __global__ void scale_columns(T *w, const float *weight, float shift, int cols, long long count) {
+    wait_for_previous();
+    long long from = (blockIdx.x * (long long)blockDim.x + threadIdx.x) * 8;
+    for (long long i = from; i < min(from + 8, count); i++) w[i] = from_float<T>(to_float(w[i]) * (weight[i % cols] + shift));
+}
+
 // x += delta.
 extern "C" __global__ void add(T *x, const T *delta, long long count) {
     let_next_start();
@@ -105,33 +112,42 @@ extern "C" __global__ void spread_bias_f32(const float *b, int w, long long n, i
     spread_bias(b, w, n, add_to, out);
 }
 
-// out = act(gate) · up; both [rows, 2·inner] → [rows, inner].
-extern "C" __global__ void gate(const T *both, int inner, int gelu, long long count, T *out) {
+// out = act(f · gate) · f · up; both [rows, 2·inner] → [rows, inner], with f = 1 / rms(x) where there is an
+// x [rows, width], whose norm has no weights, and else 1. A thread has 8 columns of a row.
+extern "C" __global__ void gate(const T *both, const T *x, int width, float eps, int inner, int gelu, T *out) {
     let_next_start();
     wait_for_previous();
+    long long row = blockIdx.x;
+    int column = (blockIdx.y * blockDim.x + threadIdx.x) * 8;
+    const T *from = both + row * 2 * inner;
+    T *to = out + row * inner;
 #if !EXACT
-    if (inner % 8 == 0) {
-        long long i = (blockIdx.x * (long long)blockDim.x + threadIdx.x) * 8;
-        if (i >= count) return;
-        long long row = i / inner;
-        const T *from = both + i + row * inner;
-        uint4 g = *(const uint4 *)from, u = *(const uint4 *)(from + inner);
+    if (inner % 8 == 0 && width % 8 == 0) {
+        uint4 g = make_uint4(0, 0, 0, 0), u = g;
+        if (column < inner) g = *(const uint4 *)(from + column), u = *(const uint4 *)(from + inner + column);
+        float squares = 0.f;
+        for (int i = threadIdx.x * 8; x && i < width; i += blockDim.x * 8) {
+            uint4 piece = *(const uint4 *)(x + row * width + i);
+            const u32 *pairs = (const u32 *)&piece;
+#pragma unroll
+            for (int p = 0; p < 4; p++) squares += low_half(pairs[p]) * low_half(pairs[p]) + high_half(pairs[p]) * high_half(pairs[p]);
+        }
+        float factor = x ? rsqrtf(block_sum(squares) / width + eps) : 1.f;
+        if (column >= inner) return;
         u32 *gp = (u32 *)&g, *up = (u32 *)&u;
 #pragma unroll
         for (int p = 0; p < 4; p++)
-            gp[p] = pack(activate(low_half(gp[p]), gelu) * low_half(up[p]),
-                         activate(high_half(gp[p]), gelu) * high_half(up[p]));
-        *(uint4 *)(out + i) = g;
+            gp[p] = pack(activate(low_half(gp[p]) * factor, gelu) * (low_half(up[p]) * factor),
+                         activate(high_half(gp[p]) * factor, gelu) * (high_half(up[p]) * factor));
+        *(uint4 *)(to + column) = g;
         return;
     }
 #endif
-    for (int j = 0; j < 8; j++) {
-        long long i = (blockIdx.x * (long long)blockDim.x + threadIdx.x) * 8 + j;
-        if (i >= count) return;
-        long long row = i / inner;
-        const T *from = both + i + row * inner;
-        out[i] = from_float<T>(activate(to_float(from[0]), gelu) * to_float(from[inner]));
-    }
+    float squares = 0.f;
+    for (int i = threadIdx.x; x && i < width; i += blockDim.x) squares += to_float(x[row * width + i]) * to_float(x[row * width + i]);
+    float factor = x ? rsqrtf(block_sum(squares) / width + eps) : 1.f;
+    for (int i = column; i < min(column + 8, inner); i++)
+        to[i] = from_float<T>(activate(to_float(from[i]) * factor, gelu) * (to_float(from[inner + i]) * factor));
 }
 
 // out[i] = x[indices[i]]. A block a row.

@@ -8,8 +8,8 @@
 // done. In a cluster, each block sends its sums of a row of x to the block that this row is shared out
 // to, which adds and stores.
 //
-// With norm: out = rsqrt(mean x² + eps) · Σ_k x[m, k] · (w · weight)[n, k]. A thread scales its part of w
-// in registers while it waits for x; Σ x² is gathered from the steps in shared memory.
+// With norm, whose weights are in w: out = rsqrt(mean x² + eps) · Σ_k x[m, k] · w[n, k]. Σ x² is gathered from the
+// steps in shared memory.
 
 #define THREADS (128 * GROUPS)
 #define TILE (64 * GROUPS)
@@ -22,17 +22,16 @@
 #define SHARERS (THREADS / ROWS)
 
 struct Args {
-    const float *norm; const float *bias; bf16 *out;
+    const float *bias; bf16 *out;
     int rows, n_total, k_total, blocks, w_stages, x_stages, add_to, gelu;
-    float eps, shift;
+    float eps;
 };
 
 // Where things are in shared memory: rings of steps, then what the cluster's blocks send,
-// sums [from][8 rows][thread][4] and squares [from][sharer][row], then the rows' factors and the norm's
-// weights of this block's k.
+// sums [from][8 rows][thread][4] and squares [from][sharer][row], then the rows' factors.
 struct Shared {
     u32 w, x, sums, full_w, full_x, free, arrived, squares;
-    float *gathered, *factors, *norm;
+    float *gathered, *factors;
 };
 
 // What this block has of the product.
@@ -90,74 +89,9 @@ __device__ __forceinline__ void fetch(const Args &a, const TensorMap &w, const T
     }
 }
 
-// A warp's 16 rows of a step of w, times the norm's weights: the first factors of 4 products.
-__device__ __forceinline__ void scale(u32 (&f)[16], u32 w, const float *norm) {
-    int lane = threadIdx.x & 31, t = lane & 3, row = lane & 15;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        u32 *r = f + 4 * i, address = w + row * 128 + ((2 * i + lane / 16 ^ row) & 7) * 16;
-        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            float2 n = *(const float2 *)(norm + 16 * i + 8 * half + 2 * t);
-#pragma unroll
-            for (int h = 0; h < 2; h++) {
-                u32 &pair = r[2 * half + h];
-                pair = pack(low_half(pair) * n.x, high_half(pair) * n.y);
-            }
-        }
-    }
-}
-
-// Adds the squares of a thread's part of a step of x.
-__device__ __forceinline__ void gather(float &squares, u32 x) {
-    int row = threadIdx.x % ROWS, sharer = threadIdx.x / ROWS;
-#pragma unroll
-    for (int c = 0; c < 8 / SHARERS; c++) {
-        u32 p[4], chunk = sharer * (8 / SHARERS) + c;
-        asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(p[0]), "=r"(p[1]), "=r"(p[2]), "=r"(p[3])
-                     : "r"(x + row * 128 + ((chunk ^ row) & 7) * 16) : "memory");
-#pragma unroll
-        for (int q = 0; q < 4; q++) squares += low_half(p[q]) * low_half(p[q]) + high_half(p[q]) * high_half(p[q]);
-    }
-}
-
 // A tile's sums over this block's k.
 __device__ __forceinline__ void sum(const Args &a, const Part &p, const Shared &s, float (&d)[ROWS / 2], float &squares, Ring &w, Ring &x, bool first_tile) {
     int warp = threadIdx.x / 32;
-    auto leave = [&](u32 stage) { warp_arrives(s.free + 8 * stage); };
-#if NORM
-    u32 even[16], odd[16];
-    auto prepare = [&](u32 (&f)[16], int step) {
-        barrier_wait(s.full_w + 8 * w.stage, w.parity);
-        scale(f, s.w + w.stage * W_BYTES + warp * 16 * 128, s.norm + step * STEP);
-        w.next();
-    };
-    auto advance = [&](u32 (&f)[16], u32 (&next)[16], int step) {
-        u32 from = s.x + x.stage * X_BYTES;
-        barrier_wait(s.full_x + 8 * x.stage, x.parity);
-        pin(f), pin(d);
-        products_begin();
-#pragma unroll
-        for (int j = 0; j < 4; j++) Product<ROWS>::registers<0>(d, f + 4 * j, factor(from + j * 32), step + j > 0);
-        products_commit();
-        // With two warpgroups, the other one's products are under way anyway.
-        if (GROUPS == 1 && step + 1 < p.steps) prepare(next, step + 1);
-        if (first_tile) gather(squares, from);
-        products_wait<0>();
-        pin(f), pin(d);
-        leave(x.stage);
-        x.next();
-        if (GROUPS == 2 && step + 1 < p.steps) prepare(next, step + 1);
-    };
-    prepare(even, 0);
-    if (first_tile) wait_for_previous();
-    for (int step = 0; step < p.steps; step += 2) {
-        advance(even, odd, step);
-        if (step + 1 < p.steps) advance(odd, even, step + 1);
-    }
-#else
     if (first_tile) wait_for_previous();
     u32 last = 0;
     for (int step = 0; step < p.steps; step++) {
@@ -167,14 +101,14 @@ __device__ __forceinline__ void sum(const Args &a, const Part &p, const Shared &
 #pragma unroll
         for (int j = 0; j < 4; j++) Product<ROWS>::shared<0>(d, factor(w_at + j * 32), factor(x_at + j * 32), step + j > 0);
         products_commit();
+        if (NORM && first_tile) squares += squares_of_row<8 / SHARERS>(x_at, threadIdx.x % ROWS, threadIdx.x / ROWS);
         products_wait<1>();
-        if (step) leave(last);
+        if (step) warp_arrives(s.free + 8 * last);
         last = x.stage, w.next(), x.next();
     }
     products_wait<0>();
     pin(d);
-    leave(last);
-#endif
+    warp_arrives(s.free + 8 * last);
 }
 
 // Sends what the cluster's other blocks store of this block's sums, and its own to itself.
@@ -326,7 +260,7 @@ narrow(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap x,
     s.sums = s.x + a.x_stages * X_BYTES;
     s.squares = s.sums + (a.blocks > 1 ? a.blocks * p.share * THREADS * 16 : 0);
     s.gathered = (float *)(memory + (s.squares - shared_address(memory)));
-    s.factors = s.gathered + a.blocks * THREADS, s.norm = s.factors + ROWS;
+    s.factors = s.gathered + a.blocks * THREADS;
     s.full_w = shared_address(barriers), s.full_x = s.full_w + 8 * STAGES_MAX, s.free = s.full_x + 8 * STAGES_MAX;
     s.arrived = s.free + 8 * STAGES_MAX;
     if (threadIdx.x == 0) {
@@ -345,13 +279,6 @@ narrow(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap x,
             wait_for_previous();
         }
         return;
-    }
-    if (NORM) {
-        for (int i = threadIdx.x; i < p.steps * STEP; i += THREADS) {
-            int k = p.first * STEP + i;
-            s.norm[i] = k < a.k_total ? __ldg(a.norm + k) + a.shift : 0.f;
-        }
-        named_barrier(1, THREADS);
     }
     multiply(a, p, s);
 }

@@ -211,10 +211,10 @@ impl ModelShape {
             if card.has_warpgroups() {
                 let qkv = attended + 2 * heads.kv.div_ceil(ranks) * heads.dim;
                 let products = [
-                    (qkv, hidden, false),
-                    (hidden, attended, false),
-                    (2 * inner, hidden, true),
-                    (hidden, inner, false),
+                    (qkv, hidden, false, true),
+                    (hidden, attended, false, false),
+                    (2 * inner, hidden, true, true),
+                    (hidden, inner, false, false),
                 ];
                 all.extend(strip_variants(&products, multiprocessors));
             }

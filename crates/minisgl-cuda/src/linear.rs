@@ -1,6 +1,6 @@
 //! Matrix products: our own kernels for few rows, cuBLASLt for many.
 
-use minisgl_tensor::{Activation, Backend, DType, Linear, Result, Store, Tensor};
+use minisgl_tensor::{Activation, Backend, DType, Linear, Norm, Result, Store, Tensor};
 
 use crate::backend::{CudaBackend, Products, norm_args};
 use crate::device::{Launch, args};
@@ -74,14 +74,16 @@ impl CudaBackend {
             return self.strip(&division, a, Some(activation), out);
         }
         let both = self.scratch("gate_up", self.dtype(), &[rows, 2 * inner])?;
-        self.linear_op(&Linear { store: Store::Set, ..*a }, &both)?;
-        let count = rows * inner;
+        // Of a folded norm, a factor a row is left, which may come behind the product.
+        let later = a.norm.filter(|norm| norm.folded && a.bias.is_none());
+        let norm = if later.is_some() { None } else { a.norm };
+        self.linear_op(&Linear { store: Store::Set, norm, ..*a }, &both)?;
+        let (x, eps) = later.map_or((0, 0.0), |norm| (a.x.address(), norm.eps));
         let gelu = activation == Activation::GeluTanh;
-        self.simple(
-            "gate",
-            Launch::new(count.div_ceil(2048), 256),
-            args![&both, inner, gelu, count, out],
-        )
+        let blocks = inner.div_ceil(8 * 512);
+        let threads = inner.div_ceil(8 * blocks).next_multiple_of(32);
+        let shape = Launch { grid: [rows, blocks, 1], threads, shared: 0, cluster: 1 };
+        self.simple("gate", shape, args![&both, x, a.x.row_len(), eps, inner, gelu, out])
     }
 
     /// `x`, normed where there is a norm.
@@ -90,6 +92,17 @@ impl CudaBackend {
         let normed = self.scratch("normed", self.dtype(), a.x.shape())?;
         self.rms_norm(a.x, norm, &normed)?;
         Ok(normed)
+    }
+
+    /// `x` and the norm that is left to a kernel that takes the weights of none, or `x` normed.
+    pub(crate) fn normed_or_folded<'a>(
+        &self,
+        a: &Linear<'a>,
+    ) -> Result<(Tensor, Option<&'a Norm>)> {
+        match a.norm {
+            Some(norm) if norm.folded => Ok((a.x.clone(), Some(norm))),
+            _ => Ok((self.normed(a)?, None)),
+        }
     }
 
     fn prefers_gemv(&self, a: &Linear<'_>) -> bool {

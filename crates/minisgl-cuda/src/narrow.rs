@@ -2,7 +2,7 @@
 
 use minisgl_tensor::{Activation, DType, Linear, Result, Store, Tensor};
 
-use crate::backend::{CudaBackend, Products, norm_args};
+use crate::backend::{CudaBackend, Products};
 use crate::device::{Launch, address_of};
 use crate::kernels::Module;
 use crate::linear::GEMV_ROWS_MAX;
@@ -25,7 +25,6 @@ const SHARED_BYTES: usize = 112 << 10;
 /// As `Args` in the kernel.
 #[repr(C)]
 struct Args {
-    norm: u64,
     bias: u64,
     out: u64,
     rows: i32,
@@ -37,7 +36,6 @@ struct Args {
     add: i32,
     gelu: i32,
     eps: f32,
-    shift: f32,
 }
 
 /// How a product is divided.
@@ -68,12 +66,11 @@ impl Division {
         let threads = 128 * groups;
         let share = x_rows.div_ceil(8).div_ceil(blocks);
         let sums = if blocks > 1 { blocks * share * threads * 16 } else { 0 };
-        let steps_a_block = steps.div_ceil(blocks);
-        let normed = if norm { (blocks * threads + rows + steps_a_block * STEP) * 4 } else { 0 };
+        let normed = if norm { (blocks * threads + rows) * 4 } else { 0 };
         let bytes = SHARED_BYTES.saturating_sub(sums + normed + 2048);
         let (w_bytes, x_bytes) = (64 * groups * 128, rows * 128);
         // Of x, what hides the way from the cache; w has the rest.
-        let all = steps_a_block * tiles.div_ceil(clusters);
+        let all = steps.div_ceil(blocks) * tiles.div_ceil(clusters);
         let x_stages = (bytes / 3 / x_bytes).clamp(2, STAGES_MAX).min(all);
         let w_stages = (bytes.saturating_sub(x_stages * x_bytes) / w_bytes).clamp(2, STAGES_MAX);
         let w_stages = w_stages.min(all);
@@ -106,7 +103,8 @@ impl CudaBackend {
     ) -> Result<()> {
         let (rows, k, n) = (a.x.dim(0), a.x.row_len(), out.row_len());
         let halves = if gated.is_some() { 2 } else { 1 };
-        let d = Division::new(rows, n * halves, k, a.norm.is_some(), self.device.multiprocessors);
+        let (x, norm) = self.normed_or_folded(a)?;
+        let d = Division::new(rows, n * halves, k, norm.is_some(), self.device.multiprocessors);
         let w = Matrix {
             address: tensor(a.weight).address(),
             rows: n * halves,
@@ -114,10 +112,8 @@ impl CudaBackend {
             box_rows: 64 * d.groups,
         }
         .map_groups(halves)?;
-        let x = Matrix { address: a.x.address(), rows, cols: k, box_rows: d.rows }.map()?;
-        let (norm, eps, shift) = norm_args(a.norm);
+        let x = Matrix { address: x.address(), rows, cols: k, box_rows: d.rows }.map()?;
         let args = Args {
-            norm,
             bias: a.bias.map_or(0, |b| tensor(b).address()),
             out: out.address(),
             rows: rows as i32,
@@ -128,10 +124,9 @@ impl CudaBackend {
             x_stages: d.x_stages as i32,
             add: i32::from(a.store == Store::Add),
             gelu: i32::from(gated == Some(Activation::GeluTanh)),
-            eps,
-            shift,
+            eps: norm.map_or(0.0, |norm| norm.eps),
         };
-        let defines = variant(d.rows, d.groups, gated.is_some(), a.norm.is_some());
+        let defines = variant(d.rows, d.groups, gated.is_some(), norm.is_some());
         let function = self.kernels.get(Module::Narrow, &defines, "narrow")?;
         let shape = Launch {
             grid: [d.clusters * d.blocks, 1, 1],

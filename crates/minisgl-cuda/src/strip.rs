@@ -14,23 +14,23 @@ const ROWS: [usize; 2] = [32, 64];
 /// The smallest matrices and the shortest rows that were measured, Qwen3-8B's o: where others should go is not known.
 const ELEMENTS_MIN: usize = 16 << 20;
 const ROW_MIN: usize = 4096;
-/// The same of more than 32 rows, where a block reads all of x in less time than a cluster takes to exchange its
-/// sums: Qwen3-0.6B's qkv. Of fewer rows, `narrow.cu` was faster.
+/// The same of rows so short that a block reads all of x in less time than a cluster takes to exchange its sums:
+/// Qwen3-0.6B's qkv. Of up to 32 rows, `narrow.cu` was faster.
 const SMALL_ELEMENTS_MIN: usize = 4 << 20;
-const SMALL_ROW_MIN: usize = 1024;
-const SMALL_X_BYTES: usize = 128 << 10;
-/// As in the kernel: rows of w in a unit, elements of k in a step, threads that multiply, and the most
-/// stages.
+const SMALL_ROW: usize = 1024;
+/// As in the kernel: rows of w in a unit, elements of k in a step, threads that multiply and that gather squares,
+/// and the most stages.
 const UNIT: usize = 16;
 const STEP: usize = 64;
 const THREADS: usize = 256;
+const GATHERING_THREADS: usize = 128;
 const STAGES_MAX: usize = 16;
 /// So many units of a strip that a thread's registers hold their sums.
 const UNITS_MAX: usize = 18;
 /// Blocks of a cluster, which divide k, in the order in which they are tried.
 const BLOCKS: [usize; 3] = [1, 2, 4];
-/// Shared memory of a block, which has a multiprocessor for itself, without the kernel's barriers.
-const SHARED_BYTES: usize = 226 << 10;
+/// Shared memory of a block, which has a multiprocessor for itself, without the kernel's barriers and squares.
+const SHARED_BYTES: usize = 225 << 10;
 /// Bytes of w on their way to a block. A step of 64 rows of Qwen3-14B took 9.27 ms with so many, 9.34 with
 /// 100 KiB, 9.29 with 140 and 9.46 with as many as there is room for, all before L2 was told to let go of them first
 /// (h200-operations.md).
@@ -47,6 +47,7 @@ struct Args {
     stages: i32,
     add: i32,
     gelu: i32,
+    eps: f32,
 }
 
 /// How a product is divided: each cluster has a strip.
@@ -69,15 +70,14 @@ impl Division {
     fn new(x_rows: usize, w_rows: usize, k: usize, multiprocessors: usize) -> Option<Self> {
         let rows = ROWS.into_iter().find(|rows| x_rows <= *rows)?;
         let by_clusters = |blocks| Self::by_clusters(blocks, rows, w_rows, multiprocessors);
-        let is_known = |elements, row| k >= row && w_rows * k >= elements;
         if x_rows <= GEMV_ROWS_MAX {
             return None;
         }
-        if rows * k * 2 <= SMALL_X_BYTES {
-            let takes = x_rows > ROWS[0] && is_known(SMALL_ELEMENTS_MIN, SMALL_ROW_MIN);
+        if k == SMALL_ROW {
+            let takes = x_rows > ROWS[0] && w_rows * k >= SMALL_ELEMENTS_MIN;
             return takes.then(|| by_clusters(1)).flatten();
         }
-        if !is_known(ELEMENTS_MIN, ROW_MIN) {
+        if k < ROW_MIN || w_rows * k < ELEMENTS_MIN {
             return None;
         }
         let all = BLOCKS.map(by_clusters);
@@ -138,13 +138,13 @@ impl CudaBackend {
     ) -> Result<()> {
         let (rows, k, n) = (a.x.dim(0), a.x.row_len(), out.row_len());
         let halves = if gated.is_some() { 2 } else { 1 };
-        let normed = self.normed(a)?;
+        let (x, norm) = self.normed_or_folded(a)?;
         let (address, lower) = (tensor(a.weight).address(), d.units / 2);
         let part = |units: usize| {
             Matrix { address, rows: n * halves, cols: k, box_rows: units * UNIT }.map_groups(halves)
         };
         let (upper, lower) = (part(d.units - lower)?, part(lower)?);
-        let x = Matrix { address: normed.address(), rows, cols: k, box_rows: d.rows }.map()?;
+        let x = Matrix { address: x.address(), rows, cols: k, box_rows: d.rows }.map()?;
         let args = Args {
             bias: a.bias.map_or(0, |b| tensor(b).address()),
             out: out.address(),
@@ -154,11 +154,13 @@ impl CudaBackend {
             stages: d.stages as i32,
             add: i32::from(a.store == Store::Add),
             gelu: i32::from(gated == Some(Activation::GeluTanh)),
+            eps: norm.map_or(0.0, |norm| norm.eps),
         };
-        let function = self.kernels.get(Module::Strip, &variant(d, gated.is_some()), "strip")?;
+        let variant = variant(d, gated.is_some(), norm.is_some());
+        let function = self.kernels.get(Module::Strip, &variant, "strip")?;
         let shape = Launch {
             grid: [d.clusters * d.blocks, 1, 1],
-            threads: THREADS + 32,
+            threads: THREADS + 32 + norm.map_or(0, |_| GATHERING_THREADS),
             shared: d.shared,
             cluster: d.blocks,
         };
@@ -169,23 +171,26 @@ impl CudaBackend {
     }
 }
 
-fn variant(d: &Division, gated: bool) -> Vec<(&'static str, i32)> {
+fn variant(d: &Division, gated: bool, norm: bool) -> Vec<(&'static str, i32)> {
     vec![
         ("X_ROWS", d.rows as i32),
         ("UNITS", d.units as i32),
         ("BLOCKS", d.blocks as i32),
         ("GATED", i32::from(gated)),
+        ("NORM", i32::from(norm)),
     ]
 }
 
-/// What a decoder's products ask for, each of a matrix of so many rows of so many elements, gated or not.
+/// What a decoder's products ask for, each of a matrix of so many rows of so many elements, gated or not, with a norm or
+/// not.
 pub(crate) fn strip_variants(
-    products: &[(usize, usize, bool)],
+    products: &[(usize, usize, bool, bool)],
     multiprocessors: usize,
 ) -> impl Iterator<Item = Key> {
-    products.iter().flat_map(move |&(w_rows, k, gated)| {
+    products.iter().flat_map(move |&(w_rows, k, gated, norm)| {
         let division = move |rows| Division::new(rows, w_rows, k, multiprocessors);
-        ROWS.into_iter().filter_map(division).map(move |d| (Module::Strip, variant(&d, gated)))
+        let key = move |d| (Module::Strip, variant(&d, gated, norm));
+        ROWS.into_iter().filter_map(division).map(key)
     })
 }
 

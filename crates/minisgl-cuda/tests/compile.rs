@@ -46,20 +46,27 @@ fn kernels_compile_without_spills() {
                 }
             }
         }
-        for (units, blocks, gated) in [
-            (17, 1, 1),
-            (18, 1, 1),
-            (18, 1, 0),
-            (7, 2, 0),
-            (18, 2, 1),
-            (5, 2, 0),
-            (11, 4, 0),
-            (15, 4, 0),
-            (18, 4, 0),
+        for (units, blocks, gated, norm) in [
+            (17, 1, 1, 1),
+            (18, 1, 1, 1),
+            (18, 1, 0, 0),
+            (2, 1, 0, 1),
+            (7, 2, 0, 1),
+            (18, 2, 1, 1),
+            (5, 2, 0, 0),
+            (11, 4, 0, 0),
+            (15, 4, 0, 1),
+            (18, 4, 0, 0),
+            (18, 4, 1, 1),
         ] {
             for rows in [32, 64].into_iter().filter(|_| arch == "sm_90a") {
-                let defines =
-                    [("X_ROWS", rows), ("UNITS", units), ("BLOCKS", blocks), ("GATED", gated)];
+                let defines = [
+                    ("X_ROWS", rows),
+                    ("UNITS", units),
+                    ("BLOCKS", blocks),
+                    ("GATED", gated),
+                    ("NORM", norm),
+                ];
                 check(Module::Strip, &defines, arch, false, true);
             }
         }
@@ -143,7 +150,7 @@ fn kernels_compile_without_spills() {
         (Module::Narrow, &product[..2], &[("ROWS", 32), ("GROUPS", 1)]),
         (Module::Prefill, &[("DIM", 128)], &[("GROUP", 2), ("SOFT_CAP", 0)]),
         (Module::Stream, &product, &[("HALVES", 2), ("TILES", 2)]),
-        (Module::Strip, &product[..1], &[("X_ROWS", 32), ("UNITS", 5), ("BLOCKS", 2)]),
+        (Module::Strip, &product[..2], &[("X_ROWS", 32), ("UNITS", 5), ("BLOCKS", 2)]),
         (Module::Wide, &product, &[("STAGES", 10)]),
     ] {
         let defines = [defines, others, &[("RACE_CHECKED", 1)]].concat();

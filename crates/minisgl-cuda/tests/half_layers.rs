@@ -77,6 +77,7 @@ fn run(b: &CudaBackend, case: &Case, fused: bool, in_graph: bool) -> [Vec<f64>; 
         weight: vector(b, &about(1.0, width, seed)),
         eps: 1e-6,
         plus_one: false,
+        folded: false,
     };
     let matrix = |rows, cols, seed| b.random_matrix(&[rows, cols], seed, 0.05).unwrap();
     // Slots and pages in an order of their own.

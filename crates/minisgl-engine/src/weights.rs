@@ -92,7 +92,7 @@ impl<'a> WeightScope<'a> {
             }
             Source::Checkpoint(_) => self.vector("weight", width, 0..width)?,
         };
-        Ok(Norm { weight: self.backend.vector(&[values])?, eps, plus_one })
+        Ok(Norm { weight: self.backend.vector(&[values])?, eps, plus_one, folded: false })
     }
 
     /// Hands parts to the backend as one stacked matrix.

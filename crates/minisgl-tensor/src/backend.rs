@@ -87,6 +87,11 @@ pub trait Backend: Send + Sync {
     fn random(&self, shape: &[usize], seed: u32) -> Result<Option<Weight>>;
     /// A vector in f32 (norm weights, biases): parts one behind the other.
     fn vector(&self, parts: &[HostTensor<'_>]) -> Result<Weight>;
+    /// Where `matrix` is all that is multiplied with what `norm` gives, its columns may be multiplied with the
+    /// norm's weights once and for all, if that makes for faster products. Returns the norm to call from then on.
+    fn fold_norm(&self, norm: Norm, _matrix: &Weight) -> Result<Norm> {
+        Ok(norm)
+    }
 
     // ---- the forward pass ----
 
@@ -207,6 +212,8 @@ pub struct Norm {
     pub eps: f32,
     /// Multiply with `1 + weight` (Gemma) and not `weight`.
     pub plus_one: bool,
+    /// The weights are ones: [`Backend::fold_norm`] has them in the matrix behind the norm.
+    pub folded: bool,
 }
 
 /// What becomes of an operation's result.

@@ -174,7 +174,7 @@ impl Rig {
         let (values, weight) = self.vector(len);
         let plus = if plus_one { 1.0 } else { 0.0 };
         let values = values.into_iter().map(|w| w + plus).collect();
-        (values, Norm { weight, eps: 1e-6, plus_one })
+        (values, Norm { weight, eps: 1e-6, plus_one, folded: false })
     }
 }
 

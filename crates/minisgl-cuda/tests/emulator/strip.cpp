@@ -1,4 +1,4 @@
-// `strip.cu`: X_ROWS rows of x, strips of UNITS units, clusters of BLOCKS, GATED.
+// `strip.cu`: X_ROWS rows of x, strips of UNITS units, clusters of BLOCKS, GATED, NORM.
 #include "ptx.h"
 
 #include "ring.cuh"
@@ -20,7 +20,7 @@ static void check(int rows, int n, int k, Options o) {
     std::vector<bf16> before = random_bf16(rows * n, 1.f), out = unwritten<bf16>(rows * n);
     Args args = {
         .bias = o.bias ? bias.data() : nullptr, .out = out.data(), .rows = rows, .n_total = n, .k_total = k,
-        .stages = o.stages, .add_to = o.add, .gelu = o.gelu,
+        .stages = o.stages, .add_to = o.add, .gelu = o.gelu, .eps = 1e-2f,
     };
     TensorMap upper = {w.data(), SIDES * n, k, UPPER * 16, SIDES}, lower = {w.data(), SIDES * n, k, LOWER * 16, SIDES};
     TensorMap x_map = {x.data(), rows, k, X_ROWS};
@@ -33,11 +33,14 @@ static void check(int rows, int n, int k, Options o) {
     });
     for (int row = 0; row < rows; row++) {
         std::vector<double> got, want;
+        double squares = 0;
+        for (int i = 0; i < k; i++) squares += to_float(x_later[row * k + i]) * to_float(x_later[row * k + i]);
+        double factor = NORM ? 1 / sqrt(squares / k + args.eps) : 1;
         for (int column = 0; column < n; column++) {
             double sums[2] = {};
             for (int side = 0; side < SIDES; side++) {
                 for (int i = 0; i < k; i++) sums[side] += to_float(x_later[row * k + i]) * to_float(w[(size_t(side) * n + column) * k + i]);
-                sums[side] += o.bias ? bias[side * n + column] : 0;
+                sums[side] = factor * sums[side] + (o.bias ? bias[side * n + column] : 0);
             }
             double value = GATED ? activate(sums[0], o.gelu) * sums[1] : sums[0];
             want.push_back(value + (o.add ? to_float(before[row * n + column]) : 0));

@@ -445,7 +445,8 @@ fn attention_case(r: &mut Rig, case: &Case<'_>) {
     let pages = KvLayer { k: r.put_bytes(&fresh[0], &shape), v: r.put_bytes(&fresh[1], &shape) };
     let (fresh_qkv, in_place) = r.tensor(&[tokens, width]);
     let [(q_norm, qn), (k_norm, kn)] = [r.vector(dim), r.vector(dim)];
-    let [qn, kn] = [qn, kn].map(|weight| Norm { weight, eps: 1e-6, plus_one: false });
+    let [qn, kn] =
+        [qn, kn].map(|weight| Norm { weight, eps: 1e-6, plus_one: false, folded: false });
     let batch = layout.batch(r);
     let angles = rope_table(batch.kv_len_max, dim);
     let rope = r.f32s(&angles).reshape(&[batch.kv_len_max, dim]);

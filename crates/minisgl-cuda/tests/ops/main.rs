@@ -279,7 +279,7 @@ fn linear_case(r: &mut Rig, m: usize, n: usize, k: usize) {
     let (w, wt) = r.weight(n, k);
     let (bias, bt) = r.vector(n);
     let (nw, nt) = r.vector(k);
-    let norm = Norm { weight: nt, eps: 1e-6, plus_one: false };
+    let norm = Norm { weight: nt, eps: 1e-6, plus_one: false, folded: false };
     let what = format!("{m}x{n}x{k} {:?}", r.b.activation_dtype());
     let plain = matmul(&x, &w, m, n, k);
     let out = r.out(&[m, n]);
@@ -313,6 +313,43 @@ fn linear_case(r: &mut Rig, m: usize, n: usize, k: usize) {
         })
         .collect();
     r.close(&format!("gated {what}"), &r.get(&out), &gated);
+    folded_case(r, [m, n, k], (&x, &xt), (&w, &wt), (&nw, norm), (&bias, &bt));
+}
+
+/// The same where the norm's weights have been multiplied into the matrix.
+fn folded_case(
+    r: &mut Rig,
+    [m, n, k]: [usize; 3],
+    (x, xt): (&[f64], &Tensor),
+    (w, wt): (&[f64], &Weight),
+    (nw, norm): (&[f64], Norm),
+    (bias, bt): (&[f64], &Weight),
+) {
+    let what = format!("folded {m}x{n}x{k} {:?}", r.b.activation_dtype());
+    let norm = r.b.fold_norm(norm, wt).unwrap();
+    let native = r.b.activation_dtype() == DType::BF16;
+    assert_eq!(norm.folded, native, "{what}");
+    let weighted: Vec<f64> = match native {
+        true => w.iter().enumerate().map(|(i, w)| r.round(w * nw[i % k])).collect(),
+        false => w.to_vec(),
+    };
+    let ones = vec![1.0; k];
+    let xn = normed(x, if native { &ones } else { nw }, k, 1e-6);
+    let mut product = matmul(&xn, &weighted, m, n, k);
+    product.iter_mut().enumerate().for_each(|(i, sum)| *sum += bias[i % n]);
+    let args = Linear { x: xt, norm: Some(&norm), weight: wt, bias: Some(bt), store: Store::Set };
+    let out = r.out(&[m, n]);
+    r.b.linear(&args, &out).unwrap();
+    r.close(&what, &r.get(&out), &product);
+    let out = r.out(&[m, n / 2]);
+    r.b.gated_linear(&args, Activation::Silu, &out).unwrap();
+    let gated: Vec<f64> = (0..m * n / 2)
+        .map(|i| {
+            let (row, col) = (i / (n / 2), i % (n / 2));
+            silu(product[row * n + col]) * product[row * n + n / 2 + col]
+        })
+        .collect();
+    r.close(&format!("gated {what}"), &r.get(&out), &gated);
 }
 
 #[test]
@@ -323,7 +360,8 @@ fn norms_of_many_rows() {
             let (x, xt) = r.tensor(&[ROWS, width]);
             let (w, weight) = r.vector(width);
             let out = r.out(&[ROWS, width]);
-            r.b.rms_norm(&xt, &Norm { weight, eps: 1e-6, plus_one: false }, &out).unwrap();
+            r.b.rms_norm(&xt, &Norm { weight, eps: 1e-6, plus_one: false, folded: false }, &out)
+                .unwrap();
             r.close(&format!("norm of {width}"), &r.get(&out), &normed(&x, &w, width, 1e-6));
         }
     }
@@ -425,7 +463,7 @@ fn mixture_of_experts() {
             (gate_up.shape(), down_t.shape()),
             (&[experts, 2 * inner, hidden][..], &[experts, hidden, inner][..])
         );
-        let norm = Norm { weight: nt, eps: 1e-6, plus_one: false };
+        let norm = Norm { weight: nt, eps: 1e-6, plus_one: false, folded: false };
         let xn: Vec<f64> = normed(&x, &nw, hidden, 1e-6).into_iter().map(|v| r.round(v)).collect();
         for renormalize in [false, true] {
             let out = r.out(&[tokens, hidden]);

@@ -79,6 +79,11 @@ impl Attention {
         })
     }
 
+    /// See [`Linear::fold_norm`].
+    pub fn fold_norm(&self, scope: &WeightScope<'_>, norm: Norm) -> Result<Norm> {
+        self.qkv.fold_norm(scope, norm)
+    }
+
     /// `hidden += attention(norm(hidden))`.
     pub fn add_to_hidden(&self, ctx: &ForwardCtx<'_>, norm: &Norm) -> Result<(), BackendError> {
         let whole = self.qkv.whole().zip(self.out.whole());

@@ -61,6 +61,11 @@ impl Linear {
         Ok(Self { weight: scope.stack(&[part])?, bias: None, partial: scope.shares.ranks > 1 })
     }
 
+    /// The norm in front of this, and of nothing else, as it is to be called.
+    pub fn fold_norm(&self, scope: &WeightScope<'_>, norm: Norm) -> Result<Norm> {
+        Ok(scope.backend.fold_norm(norm, &self.weight)?)
+    }
+
     /// `out = norm(x) · wᵀ + bias`, summed over the ranks where each has a part.
     pub fn forward(
         &self,

@@ -36,6 +36,11 @@ impl Mlp {
         })
     }
 
+    /// See [`Linear::fold_norm`].
+    pub fn fold_norm(&self, scope: &WeightScope<'_>, norm: Norm) -> Result<Norm> {
+        self.gate_up.fold_norm(scope, norm)
+    }
+
     /// `hidden += mlp(norm(hidden))`.
     pub fn add_to_hidden(&self, ctx: &ForwardCtx<'_>, norm: &Norm) -> Result<(), BackendError> {
         let whole = self.gate_up.whole().zip(self.down.whole());

@@ -77,23 +77,25 @@ impl Layer {
         let norm = |name: &str| {
             scope.at(name).norm(config.hidden_size, config.norm_eps, config.norm_plus_one)
         };
+        let (attention_norm, mlp_norm) =
+            (norm("input_layernorm")?, norm("post_attention_layernorm")?);
         let index = attention.layer;
-        let mlp = match mlp {
-            MlpKind::Dense => LayerMlp::Dense(Mlp::new(&scope.at("mlp"), config)?),
+        let attention = Attention::new(&scope.at("self_attn"), config, attention)?;
+        let attention_norm = attention.fold_norm(scope, attention_norm)?;
+        let moe = match mlp {
+            MlpKind::Dense => None,
             MlpKind::Moe => {
                 let moe = config.moe.as_ref().context("the config describes no experts")?;
-                match moe.sparse_layers[index] {
-                    true => LayerMlp::Moe(Experts::new(&scope.at("mlp"), config, moe)?),
-                    false => LayerMlp::Dense(Mlp::new(&scope.at("mlp"), config)?),
-                }
+                moe.sparse_layers[index].then_some(moe)
             }
         };
-        Ok(Self {
-            attention_norm: norm("input_layernorm")?,
-            attention: Attention::new(&scope.at("self_attn"), config, attention)?,
-            mlp_norm: norm("post_attention_layernorm")?,
-            mlp,
-        })
+        if let Some(moe) = moe {
+            let mlp = LayerMlp::Moe(Experts::new(&scope.at("mlp"), config, moe)?);
+            return Ok(Self { attention_norm, attention, mlp_norm, mlp });
+        }
+        let mlp = Mlp::new(&scope.at("mlp"), config)?;
+        let mlp_norm = mlp.fold_norm(scope, mlp_norm)?;
+        Ok(Self { attention_norm, attention, mlp_norm, mlp: LayerMlp::Dense(mlp) })
     }
 }
 

@@ -55,12 +55,14 @@ impl Layer {
         let norm = |name: &str| {
             scope.at(name).norm(config.hidden_size, config.norm_eps, config.norm_plus_one)
         };
+        let attention = Attention::new(&scope.at("self_attn"), config, spec)?;
+        let mlp = Mlp::new(&scope.at("mlp"), config)?;
         Ok(Self {
-            attention_norm: norm("input_layernorm")?,
-            attention: Attention::new(&scope.at("self_attn"), config, spec)?,
+            attention_norm: attention.fold_norm(scope, norm("input_layernorm")?)?,
+            attention,
             attention_out_norm: norm("post_attention_layernorm")?,
-            mlp_norm: norm("pre_feedforward_layernorm")?,
-            mlp: Mlp::new(&scope.at("mlp"), config)?,
+            mlp_norm: mlp.fold_norm(scope, norm("pre_feedforward_layernorm")?)?,
+            mlp,
             mlp_out_norm: norm("post_feedforward_layernorm")?,
         })
     }
