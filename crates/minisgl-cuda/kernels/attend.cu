@@ -313,18 +313,7 @@ attend(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
             int place = __shfl_sync(~0u, places, round % 32);
             if (lane == 0 && work.from + next < work.to) ring.fetch(next, k_map, v_map, place);
         }
-#pragma unroll
-        for (int h = 0; h < HALVES; h++) {
-            int head = lane / 4 + 8 * h, t = lane & 3;
-            float sum = mine.sum[h];
-            sum += __shfl_xor_sync(~0u, sum, 1);
-            sum += __shfl_xor_sync(~0u, sum, 2);
-            if (head >= GROUP) continue;
-            if (t == 0) tops[warp][head] = make_float2(mine.top[h] * a.scores.power_of_2_scale(), sum);
-            float *to = all_sums + (warp * GROUP + head) * SUMS_STRIDE + 2 * t;
-#pragma unroll
-            for (int j = 0; j < DIM / 8; j++) *(float2 *)(to + 8 * j) = make_float2(mine.o[j][2 * h], mine.o[j][2 * h + 1]);
-        }
+        mine.leave(a.scores.power_of_2_scale(), GROUP, tops[warp], all_sums + warp * GROUP * SUMS_STRIDE);
         named_barrier(1, THREADS);
         // The warps' sums become the block's, and go to all.
         int pair = row + b.rank;

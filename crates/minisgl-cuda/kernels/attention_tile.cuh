@@ -10,7 +10,7 @@
 #define PAIRS_A_LANE (DIM / 128 + (DIM < 128))
 // Padded, so that the heads' rows begin in different banks.
 #define Q_STRIDE (DIM + 8)
-#define SUMS_STRIDE (DIM + 8)
+#define SUMS_STRIDE (DIM + 4)
 // Sums that scores' products go to by turns, so that they wait less for one another. On 10.0 there are no registers
 // for two.
 #define TURNS (__CUDA_ARCH__ < 1000 ? 2 : 1)
@@ -114,10 +114,10 @@ __device__ __forceinline__ void add_token(const NewToken &n, int row, u32 tile) 
     __syncwarp();
 }
 
-// A unit's q as the first factor of products. Rows behind the group may be anything: a row of the sums is of
-// its own row of q alone.
+// A unit's q as the second factor of products, whose first one is a tile: a product's columns are 8 heads. Columns behind
+// the group may be anything: a column of the sums is of its own column of q alone.
 struct Queries {
-    u32 low[DIM / 16][2], high[DIM / 16][2];
+    u32 low[DIM / 16][HALVES], high[DIM / 16][HALVES];
 
     __device__ __forceinline__ void load(const bf16 *from) {
         int lane = threadIdx.x & 31;
@@ -134,65 +134,87 @@ struct Queries {
     }
 };
 
-// A warp's sums over its tiles of a unit. Lane (g, t) holds o[j][2h + e]: head g + 8h, dimension 8j + 2t + e.
+// A warp's sums over its tiles of a unit: V transposed times weights, so that few heads take few registers. Lane (g, t)
+// holds o[h][j][2r + e], top[h][e] and its part of sum[h][e]: dimension 16j + g + 8r, head 8h + 2t + e.
 struct Sums {
-    float o[DIM / 8][4], top[2], sum[2];
+    float o[HALVES][DIM / 16][4], top[HALVES][2], sum[HALVES][2];
 
     __device__ void clear() {
 #pragma unroll
-        for (int j = 0; j < DIM / 8; j++) o[j][0] = o[j][1] = o[j][2] = o[j][3] = 0.f;
-        top[0] = top[1] = -infinity(), sum[0] = sum[1] = 0.f;
+        for (int h = 0; h < HALVES; h++) {
+#pragma unroll
+            for (int j = 0; j < DIM / 16; j++) o[h][j][0] = o[h][j][1] = o[h][j][2] = o[h][j][3] = 0.f;
+            top[h][0] = top[h][1] = -infinity(), sum[h][0] = sum[h][1] = 0.f;
+        }
     }
 
     // The tile's tokens are `base` and the 15 behind it.
     __device__ void add(const Scores &a, int kv_len, int base, u32 tile, const Queries &q) {
-        int lane = threadIdx.x & 31, t = lane & 3;
-        float turns[TURNS][2][4] = {}, (&x)[2][4] = turns[0];
-        u32 b[4];
+        int lane = threadIdx.x & 31, g = lane / 4;
+        // Of token g + 8r and head 8h + 2t + e: x[h][2r + e].
+        float turns[TURNS][HALVES][4] = {}, (&x)[HALVES][4] = turns[0];
+        u32 b[4], weights[HALVES][2];
 #pragma unroll
         for (int i = 0; i < DIM / 16; i++) {
-            load_matrices(b, tile + in_tile((lane & 7) + (lane >> 4) * 8, 2 * i + (lane >> 3 & 1)));
-            u32 low = HALVES > 1 ? q.low[i][1] : 0, high = HALVES > 1 ? q.high[i][1] : 0;
-            mma(turns[i % TURNS][0], q.low[i][0], low, q.high[i][0], high, b[0], b[1]);
-            mma(turns[i % TURNS][1], q.low[i][0], low, q.high[i][0], high, b[2], b[3]);
+            load_matrices(b, tile + in_tile(lane & 15, 2 * i + (lane >> 4)));
+#pragma unroll
+            for (int h = 0; h < HALVES; h++) mma(turns[i % TURNS][h], b[0], b[1], b[2], b[3], q.low[i][h], q.high[i][h]);
         }
 #pragma unroll
-        for (int n = 0; n < 2; n++)
+        for (int h = 0; h < HALVES; h++)
 #pragma unroll
-            for (int e = 0; e < 4; e++) x[n][e] += TURNS > 1 ? turns[TURNS - 1][n][e] : 0.f;
+            for (int e = 0; e < 4; e++) x[h][e] += TURNS > 1 ? turns[TURNS - 1][h][e] : 0.f;
         float scale = a.power_of_2_scale();
         bool whole = base + TILE <= kv_len && (a.window <= 0 || base >= kv_len - a.window);
 #pragma unroll
         for (int h = 0; h < HALVES; h++) {
-            float best = top[h];
 #pragma unroll
-            for (int n = 0; n < 2; n++)
+            for (int e = 0; e < 2; e++) {
+                float best = top[h][e];
 #pragma unroll
-                for (int e = 0; e < 2; e++) {
-                    float &y = x[n][2 * h + e];
+                for (int r = 0; r < 2; r++) {
+                    float &y = x[h][2 * r + e];
                     if (SOFT_CAP && a.soft_cap > 0.f) y = a.soft_cap * tanhf(y * a.scale / a.soft_cap);
-                    int token = base + n * 8 + 2 * t + e;
+                    int token = base + g + 8 * r;
                     if (!whole && (token >= kv_len || (a.window > 0 && token < kv_len - a.window))) y = -infinity();
                     best = fmaxf(best, y);
                 }
-            best = fmaxf(best, __shfl_xor_sync(~0u, best, 1));
-            best = fmaxf(best, __shfl_xor_sync(~0u, best, 2));
-            float safe = best == -infinity() ? 0.f : best * scale, shrink = power_of_2(top[h] * scale - safe);
-            top[h] = best, sum[h] *= shrink;
 #pragma unroll
-            for (int n = 0; n < 2; n++)
+                for (int d = 4; d < 32; d *= 2) best = fmaxf(best, __shfl_xor_sync(~0u, best, d));
+                float safe = best == -infinity() ? 0.f : best * scale, shrink = power_of_2(top[h][e] * scale - safe);
+                top[h][e] = best, sum[h][e] *= shrink;
 #pragma unroll
-                for (int e = 0; e < 2; e++) sum[h] += x[n][2 * h + e] = power_of_2(x[n][2 * h + e] * scale - safe);
+                for (int r = 0; r < 2; r++) sum[h][e] += x[h][2 * r + e] = power_of_2(x[h][2 * r + e] * scale - safe);
 #pragma unroll
-            for (int j = 0; j < DIM / 8; j++) o[j][2 * h] *= shrink, o[j][2 * h + 1] *= shrink;
+                for (int j = 0; j < DIM / 16; j++) o[h][j][e] *= shrink, o[h][j][2 + e] *= shrink;
+            }
+#pragma unroll
+            for (int r = 0; r < 2; r++) weights[h][r] = transposed(pack(x[h][2 * r], x[h][2 * r + 1]));
         }
-        u32 p0 = pack(x[0][0], x[0][1]), p1 = HALVES > 1 ? pack(x[0][2], x[0][3]) : 0;
-        u32 p2 = pack(x[1][0], x[1][1]), p3 = HALVES > 1 ? pack(x[1][2], x[1][3]) : 0;
 #pragma unroll
         for (int j = 0; j < DIM / 16; j++) {
-            load_transposed(b, tile + MATRIX_BYTES + in_tile((lane & 7) + (lane >> 3 & 1) * 8, 2 * j + (lane >> 4)));
-            mma(o[2 * j], p0, p1, p2, p3, b[0], b[1]);
-            mma(o[2 * j + 1], p0, p1, p2, p3, b[2], b[3]);
+            load_transposed(b, tile + MATRIX_BYTES + in_tile((lane & 7) + (lane >> 4) * 8, 2 * j + (lane >> 3 & 1)));
+#pragma unroll
+            for (int h = 0; h < HALVES; h++) mma(o[h][j], b[0], b[1], b[2], b[3], weights[h][0], weights[h][1]);
         }
+    }
+
+    // Leaves what there is of `heads` heads: `tops` [head] of best score, in powers of 2, and sum, and `to`
+    // [head][SUMS_STRIDE].
+    __device__ __forceinline__ void leave(float scale, int heads, float2 *tops, float *to) const {
+        int lane = threadIdx.x & 31, g = lane / 4, t = lane & 3;
+#pragma unroll
+        for (int h = 0; h < HALVES; h++)
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+                float total = sum[h][e];
+#pragma unroll
+                for (int d = 4; d < 32; d *= 2) total += __shfl_xor_sync(~0u, total, d);
+                int head = 8 * h + 2 * t + e;
+                if (head >= heads) continue;
+                if (g == 0) tops[head] = make_float2(top[h][e] * scale, total);
+#pragma unroll
+                for (int j = 0; j < DIM / 16; j++) to[head * SUMS_STRIDE + 16 * j + g] = o[h][j][e], to[head * SUMS_STRIDE + 16 * j + g + 8] = o[h][j][2 + e];
+            }
     }
 };

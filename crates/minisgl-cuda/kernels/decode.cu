@@ -255,7 +255,7 @@ __device__ __forceinline__ void merge_all(const Args &a, const Work &work, const
 // A warp that sums tiles, from unit `s` on, whose q is there. Returns the last one, when all warps have left
 // their sums of it.
 __device__ __forceinline__ Segment sum_all(const Args &a, const Work &work, const Shared &shared, Ring ring, Segment s) {
-    int warp = threadIdx.x / 32, lane = threadIdx.x & 31, g = lane / 4, t = lane & 3, group = a.q_heads / a.kv_heads;
+    int warp = threadIdx.x / 32, group = a.q_heads / a.kv_heads;
     const Scores scores = {a.scale, a.soft_cap, a.window};
     float scale = scores.power_of_2_scale();
     ring.skip(warp);
@@ -292,18 +292,7 @@ __device__ __forceinline__ Segment sum_all(const Args &a, const Work &work, cons
         // A warp without tiles leaves nothing, and need not wait for the merge of the last unit's sums.
         if (turn > 0) barrier_wait(shared.sums_full, turn - 1 & 1);
         if (turn > 0 && has_any) barrier_wait(shared.sums_free, turn - 1 & 1);
-#pragma unroll
-        for (int h = 0; h < HALVES && has_any; h++) {
-            float sum = sums.sum[h];
-            sum += __shfl_xor_sync(~0u, sum, 1);
-            sum += __shfl_xor_sync(~0u, sum, 2);
-            int head = g + 8 * h;
-            if (head >= UNIT_HEADS) continue;
-            if (t == 0) shared.tops[warp][head] = make_float2(sums.top[h] * scale, sum);
-            float *to = shared.sums + (warp * SUM_HEADS + head) * SUMS_STRIDE + 2 * t;
-#pragma unroll
-            for (int j = 0; j < DIM / 8; j++) *(float2 *)(to + 8 * j) = make_float2(sums.o[j][2 * h], sums.o[j][2 * h + 1]);
-        }
+        if (has_any) sums.leave(scale, UNIT_HEADS, shared.tops[warp], shared.sums + warp * SUM_HEADS * SUMS_STRIDE);
         if (is_last) break;
         warp_arrives(shared.sums_full);
         s = work.at(s.end());

@@ -136,12 +136,6 @@ __device__ __forceinline__ void find_factors(const Args &a, const Part &p, const
     named_barrier(1, THREADS);
 }
 
-__device__ __forceinline__ u32 transposed(u32 x) {
-    u32 y;
-    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
-    return y;
-}
-
 // 8 rows of x and a warp's columns of a tile. A thread has sums of columns g and g + 8 (gated: of gate and
 // up) and rows 2t and 2t + 1; it loads and stores row g, columns 2t and 2t + 1.
 struct Corner {

@@ -87,7 +87,7 @@ impl Block {
     /// For units of up to `heads` query heads of `dim`. None where they are too large.
     fn new(heads: usize, dim: usize, capability: (i32, i32)) -> Option<Self> {
         let warps = if dim <= 128 && capability.0 < 10 { 8 } else { 6 };
-        let behind = 2 * 8 * halves(heads) * (dim + 8) * 2 + warps * heads * (dim + 8) * 4 + 1024;
+        let behind = 2 * 8 * halves(heads) * (dim + 8) * 2 + warps * heads * (dim + 4) * 4 + 1024;
         let stage = 2 * TILE * dim * 2;
         let bytes = TILE_BYTES.max(stage * warps).min(SHARED_BYTES.checked_sub(behind)?);
         // A stage is always the same warp's: it knows by itself what became of the tile before.

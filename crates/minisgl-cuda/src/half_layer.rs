@@ -121,7 +121,7 @@ impl Block {
         let divides = matches!(dim, 64 | 128) && group <= 16 && qkv.is_multiple_of(16 * CLUSTER);
         let (first, second) = (qkv / (16 * CLUSTER), hidden / (16 * CLUSTER));
         let parts = (ROWS + CLUSTER - 1) * group * (dim * 4 + 16);
-        let attention = sums(first).max(WARPS * group * (dim + 8) * 4 + parts);
+        let attention = sums(first).max(WARPS * group * (dim + 4) * 4 + parts);
         let (stage, row) = (2 * TILE * dim * 2, stride(group * dim));
         let begin = WARPS * stage + (first * 16 + ROWS) * stride(hidden);
         let behind =
@@ -354,7 +354,7 @@ mod tests {
         let heads = Heads { q: 16, kv: 8, dim: 128 };
         let attend = Block::attend(1024, heads).unwrap();
         let (clusters, mlp) = Block::mlp(1024, 3072, 7).unwrap();
-        assert_eq!((attend.first, attend.second, attend.late), (4, 8, 19));
+        assert_eq!((attend.first, attend.second, attend.late), (4, 8, 18));
         assert_eq!((clusters, mlp.first, mlp.second), (7, 7, 8));
         // What finds room in shared memory.
         let (clusters, mlp) = Block::mlp(512, 1024, 7).unwrap();

@@ -14,7 +14,7 @@ const SEEDS: [&str; 4] = ["1", "2", "3", "4"];
 /// Programs of `emulator`, and what the kernel is specialised by.
 const PROGRAMS: [(&str, &[(&str, i32)]); 24] = [
     ("attend", &[("DIM", 128), ("GROUP", 2), ("SECOND", 2), ("LATE", 32)]),
-    ("attend", &[("DIM", 128), ("GROUP", 2), ("SECOND", 8), ("LATE", 19)]),
+    ("attend", &[("DIM", 128), ("GROUP", 2), ("SECOND", 8), ("LATE", 18)]),
     ("attend", &[("DIM", 64), ("GROUP", 12), ("SECOND", 2), ("LATE", 0)]),
     ("decode", &[("DIM", 128), ("GROUP", 2), ("SOFT_CAP", 0), ("CASCADE", 0)]),
     ("decode", &[("DIM", 64), ("GROUP", 4), ("SOFT_CAP", 1), ("CASCADE", 1)]),

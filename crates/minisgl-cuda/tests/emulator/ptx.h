@@ -150,6 +150,16 @@ inline void load_transposed(u32 (&r)[4], u32 address) {
     load_by_rows(r, address, [&](auto at) { return at(2 * t, g) | at(2 * t + 1, g) << 16; });
 }
 
+inline u32 transposed(u32 x) {
+    u32 y = 0;
+    exchange(x, [&](auto of) {
+        int g = current->lane / 4, t = current->lane & 3;
+        auto at = [&](int row, int column) { return of(row * 4 + column / 2) >> 16 * (column % 2) & 0xffff; };
+        y = at(2 * t, g) | at(2 * t + 1, g) << 16;
+    });
+    return y;
+}
+
 inline void prefetch_near(const void *) {}
 inline void prefetch_line(const void *) {}
 
