@@ -173,23 +173,28 @@ impl Device {
         group.wait(|| ready("cuEventQuery", unsafe { sys::cuEventQuery(event) }))
     }
 
-    /// Lets a kernel be launched with all the shared memory that a block can have.
-    pub(crate) fn allow_shared(&self, function: Function) -> Result<()> {
+    /// Lets a kernel be launched with all the shared memory that a block can have; and, with `for_all`, with as much of
+    /// a multiprocessor's memory as shared memory as there can be, for other kernels' blocks.
+    pub(crate) fn allow_shared(&self, function: Function, for_all: bool) -> Result<()> {
         use sys::CUfunction_attribute as A;
         // SAFETY: `function` belongs to a module that is never unloaded.
-        unsafe {
-            let fixed = result::function::get_function_attribute(
+        let set = |attribute, value| unsafe {
+            result::function::set_function_attribute(function.0, attribute, value)
+                .map_err(|e| driver("cuFuncSetAttribute", e))
+        };
+        // SAFETY: as above.
+        let fixed = unsafe {
+            result::function::get_function_attribute(
                 function.0,
                 A::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES,
             )
-            .map_err(|e| driver("cuFuncGetAttribute", e))?;
-            result::function::set_function_attribute(
-                function.0,
-                A::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
-                self.shared_max - fixed,
-            )
         }
-        .map_err(|e| driver("cuFuncSetAttribute", e))
+        .map_err(|e| driver("cuFuncGetAttribute", e))?;
+        set(A::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, self.shared_max - fixed)?;
+        if for_all {
+            set(A::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100)?;
+        }
+        Ok(())
     }
 
     /// Enqueues a kernel. It may start while the one before drains: kernels wait for their

@@ -24,6 +24,7 @@ pub enum Module {
     Wide,
     Narrow,
     Strip,
+    StripShort,
     Attention,
     Decode,
     Attend,
@@ -35,6 +36,12 @@ pub enum Module {
 }
 
 impl Module {
+    /// Whether its blocks are to be on a multiprocessor with those of the kernel in front or behind: of two that want
+    /// different parts of its memory as shared memory, one waits until the other is gone.
+    fn has_neighbours(self) -> bool {
+        matches!(self, Self::StripShort | Self::Narrow)
+    }
+
     fn source(self) -> &'static str {
         match self {
             Module::Elementwise => include_str!("../kernels/elementwise.cu"),
@@ -56,7 +63,16 @@ impl Module {
                 concat!(
                     include_str!("../kernels/hopper.cuh"),
                     include_str!("../kernels/ring.cuh"),
+                    include_str!("../kernels/strip.cuh"),
                     include_str!("../kernels/strip.cu")
+                )
+            }
+            Module::StripShort => {
+                concat!(
+                    include_str!("../kernels/hopper.cuh"),
+                    include_str!("../kernels/ring.cuh"),
+                    include_str!("../kernels/strip.cuh"),
+                    include_str!("../kernels/strip_short.cu")
                 )
             }
             Module::Attention => include_str!("../kernels/attention.cu"),
@@ -136,7 +152,7 @@ impl Kernels {
         // SAFETY: the module was just loaded and is never unloaded.
         let function = unsafe { result::module::get_function(loaded, symbol) }
             .map_err(|e| driver(&format!("finding {name} in {module:?}"), e))?;
-        self.device.allow_shared(Function(function))?;
+        self.device.allow_shared(Function(function), module.has_neighbours())?;
         functions.insert(key, Function(function));
         Ok(Function(function))
     }

@@ -1,4 +1,4 @@
-//! Matrix products of dozens of rows with large matrices, on Hopper: `kernels/strip.cu`.
+//! Matrix products of dozens of rows on Hopper, by strips of weights: `kernels/strip.cu` and `strip_short.cu`.
 
 use minisgl_tensor::{Activation, DType, Linear, Result, Store, Tensor};
 
@@ -14,10 +14,10 @@ const ROWS: [usize; 2] = [32, 64];
 /// The smallest matrices and the shortest rows that were measured, Qwen3-8B's o: where others should go is not known.
 const ELEMENTS_MIN: usize = 16 << 20;
 const ROW_MIN: usize = 4096;
-/// The same of rows so short that a block reads all of x in less time than a cluster takes to exchange its sums:
-/// Qwen3-0.6B's qkv. Of up to 32 rows, `narrow.cu` was faster.
-const SMALL_ELEMENTS_MIN: usize = 4 << 20;
-const SMALL_ROW: usize = 1024;
+/// What `strip_short.cu` was measured with, Qwen3-0.6B's qkv, and gate and up. Of up to 32 rows, `narrow.cu` was faster.
+const SHORT_ELEMENTS_MIN: usize = 4 << 20;
+const SHORT_ROW: usize = 1024;
+const SHORT_UNITS_MAX: usize = 8;
 /// As in the kernel: rows of w in a unit, elements of k in a step, threads that multiply and that gather squares,
 /// and the most stages.
 const UNIT: usize = 16;
@@ -31,6 +31,9 @@ const UNITS_MAX: usize = 18;
 const BLOCKS: [usize; 3] = [1, 2, 4];
 /// Shared memory of a block, which has a multiprocessor for itself, without the kernel's barriers and squares.
 const SHARED_BYTES: usize = 225 << 10;
+/// The same of `strip_short.cu`: beside a block there is room for one of `narrow.cu`, but not for a second of its own,
+/// lest another multiprocessor have none.
+const SHORT_SHARED_BYTES: usize = 116_000;
 /// Bytes of w on their way to a block. A step of 64 rows of Qwen3-14B took 9.27 ms with so many, 9.34 with
 /// 100 KiB, 9.29 with 140 and 9.46 with as many as there is room for, all before L2 was told to let go of them first
 /// (h200-operations.md).
@@ -63,6 +66,7 @@ pub(crate) struct Division {
     stages: usize,
     /// Bytes.
     shared: usize,
+    module: Module,
 }
 
 impl Division {
@@ -73,9 +77,9 @@ impl Division {
         if x_rows <= GEMV_ROWS_MAX {
             return None;
         }
-        if k == SMALL_ROW {
-            let takes = x_rows > ROWS[0] && w_rows * k >= SMALL_ELEMENTS_MIN;
-            return takes.then(|| by_clusters(1)).flatten();
+        if k == SHORT_ROW {
+            let takes = x_rows > ROWS[0] && w_rows * k >= SHORT_ELEMENTS_MIN;
+            return takes.then(|| Self::short(rows, w_rows, multiprocessors)).flatten();
         }
         if k < ROW_MIN || w_rows * k < ELEMENTS_MIN {
             return None;
@@ -110,7 +114,17 @@ impl Division {
         let share = units.div_ceil(2).div_ceil(blocks);
         let sums = if blocks > 1 { blocks * share * 2 * THREADS * 16 } else { 0 };
         let shared = 1024 + (stages * (w_bytes + x_bytes)).max(sums);
-        Some(Self { rows, units, blocks, clusters, stages, shared })
+        Some(Self { rows, units, blocks, clusters, stages, shared, module: Module::Strip })
+    }
+
+    /// Of short rows, in single blocks.
+    fn short(rows: usize, w_rows: usize, multiprocessors: usize) -> Option<Self> {
+        let division = Self::by_clusters(1, rows, w_rows, multiprocessors)?;
+        let step_bytes = (division.units * UNIT + rows) * STEP * 2;
+        let stages = ((SHORT_SHARED_BYTES - 1024) / step_bytes).min(STAGES_MAX);
+        let short =
+            Self { stages, shared: SHORT_SHARED_BYTES, module: Module::StripShort, ..division };
+        (division.units <= SHORT_UNITS_MAX).then_some(short)
     }
 }
 
@@ -157,10 +171,12 @@ impl CudaBackend {
             eps: norm.map_or(0.0, |norm| norm.eps),
         };
         let variant = variant(d, gated.is_some(), norm.is_some());
-        let function = self.kernels.get(Module::Strip, &variant, "strip")?;
+        let gathers = d.module == Module::Strip && norm.is_some();
+        let name = if d.module == Module::Strip { "strip" } else { "strip_short" };
+        let function = self.kernels.get(d.module, &variant, name)?;
         let shape = Launch {
             grid: [d.clusters * d.blocks, 1, 1],
-            threads: THREADS + 32 + norm.map_or(0, |_| GATHERING_THREADS),
+            threads: THREADS + 32 + if gathers { GATHERING_THREADS } else { 0 },
             shared: d.shared,
             cluster: d.blocks,
         };
@@ -189,7 +205,7 @@ pub(crate) fn strip_variants(
 ) -> impl Iterator<Item = Key> {
     products.iter().flat_map(move |&(w_rows, k, gated, norm)| {
         let division = move |rows| Division::new(rows, w_rows, k, multiprocessors);
-        let key = move |d| (Module::Strip, variant(&d, gated, norm));
+        let key = move |d: Division| (d.module, variant(&d, gated, norm));
         ROWS.into_iter().filter_map(division).map(key)
     })
 }
@@ -242,7 +258,7 @@ mod tests {
         // Qwen3-8B's gate and up, and o.
         assert_eq!(of(64, 24576, 4096), Some((12, 1, 128)));
         assert_eq!(of(64, 4096, 4096), Some((9, 4, 29)));
-        // Of Qwen3-0.6B's qkv, and its gate and up, blocks read all of x rather than exchange sums.
+        // Of Qwen3-0.6B's qkv, and its gate and up, blocks read all of x.
         assert_eq!(of(64, 4096, 1024), Some((2, 1, 128)));
         assert_eq!(of(64, 6144, 1024), Some((3, 1, 128)));
     }

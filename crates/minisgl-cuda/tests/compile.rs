@@ -70,6 +70,13 @@ fn kernels_compile_without_spills() {
                 check(Module::Strip, &defines, arch, false, true);
             }
         }
+        for (units, gated, norm) in [(2, 0, 1), (3, 1, 1), (8, 1, 1), (8, 0, 0)] {
+            let defines =
+                [("X_ROWS", 64), ("UNITS", units), ("BLOCKS", 1), ("GATED", gated), ("NORM", norm)];
+            if arch == "sm_90a" {
+                check(Module::StripShort, &defines, arch, false, true);
+            }
+        }
         for (dim, group) in
             [(64, 1), (64, 7), (128, 2), (128, 5)].into_iter().filter(|_| arch == "sm_90a")
         {
@@ -151,6 +158,7 @@ fn kernels_compile_without_spills() {
         (Module::Prefill, &[("DIM", 128)], &[("GROUP", 2), ("SOFT_CAP", 0)]),
         (Module::Stream, &product, &[("HALVES", 2), ("TILES", 2)]),
         (Module::Strip, &product[..2], &[("X_ROWS", 32), ("UNITS", 5), ("BLOCKS", 2)]),
+        (Module::StripShort, &product[..2], &[("X_ROWS", 64), ("UNITS", 3), ("BLOCKS", 1)]),
         (Module::Wide, &product, &[("STAGES", 10)]),
     ] {
         let defines = [defines, others, &[("RACE_CHECKED", 1)]].concat();

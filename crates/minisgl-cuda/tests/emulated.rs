@@ -12,7 +12,7 @@ use rayon::prelude::*;
 const SEEDS: [&str; 4] = ["1", "2", "3", "4"];
 
 /// Programs of `emulator`, and what the kernel is specialised by.
-const PROGRAMS: [(&str, &[(&str, i32)]); 24] = [
+const PROGRAMS: [(&str, &[(&str, i32)]); 26] = [
     ("attend", &[("DIM", 128), ("GROUP", 2), ("SECOND", 2), ("LATE", 32)]),
     ("attend", &[("DIM", 128), ("GROUP", 2), ("SECOND", 8), ("LATE", 18)]),
     ("attend", &[("DIM", 64), ("GROUP", 12), ("SECOND", 2), ("LATE", 0)]),
@@ -22,14 +22,54 @@ const PROGRAMS: [(&str, &[(&str, i32)]); 24] = [
     ("mlp", &[("CLUSTER", 8), ("FIRST", 3), ("SECOND", 8)]),
     ("prefill", &[("DIM", 128), ("GROUP", 2), ("SOFT_CAP", 0)]),
     ("prefill", &[("DIM", 64), ("GROUP", 3), ("SOFT_CAP", 1)]),
-    ("strip", &[("X_ROWS", 32), ("UNITS", 9), ("BLOCKS", 1), ("GATED", 0), ("NORM", 0)]),
-    ("strip", &[("X_ROWS", 32), ("UNITS", 3), ("BLOCKS", 2), ("GATED", 1), ("NORM", 1)]),
-    ("strip", &[("X_ROWS", 64), ("UNITS", 7), ("BLOCKS", 2), ("GATED", 0), ("NORM", 1)]),
-    ("strip", &[("X_ROWS", 64), ("UNITS", 5), ("BLOCKS", 4), ("GATED", 1), ("NORM", 1)]),
-    ("strip", &[("X_ROWS", 64), ("UNITS", 5), ("BLOCKS", 1), ("GATED", 1), ("NORM", 0)]),
-    ("strip", &[("X_ROWS", 64), ("UNITS", 4), ("BLOCKS", 4), ("GATED", 0), ("NORM", 0)]),
-    ("strip", &[("X_ROWS", 64), ("UNITS", 3), ("BLOCKS", 1), ("GATED", 1), ("NORM", 1)]),
-    ("strip", &[("X_ROWS", 64), ("UNITS", 2), ("BLOCKS", 1), ("GATED", 0), ("NORM", 1)]),
+    (
+        "strip",
+        &[("SHORT", 0), ("X_ROWS", 32), ("UNITS", 9), ("BLOCKS", 1), ("GATED", 0), ("NORM", 0)],
+    ),
+    (
+        "strip",
+        &[("SHORT", 0), ("X_ROWS", 32), ("UNITS", 3), ("BLOCKS", 2), ("GATED", 1), ("NORM", 1)],
+    ),
+    (
+        "strip",
+        &[("SHORT", 0), ("X_ROWS", 64), ("UNITS", 7), ("BLOCKS", 2), ("GATED", 0), ("NORM", 1)],
+    ),
+    (
+        "strip",
+        &[("SHORT", 0), ("X_ROWS", 64), ("UNITS", 5), ("BLOCKS", 4), ("GATED", 1), ("NORM", 1)],
+    ),
+    (
+        "strip",
+        &[("SHORT", 0), ("X_ROWS", 64), ("UNITS", 5), ("BLOCKS", 1), ("GATED", 1), ("NORM", 0)],
+    ),
+    (
+        "strip",
+        &[("SHORT", 0), ("X_ROWS", 64), ("UNITS", 4), ("BLOCKS", 4), ("GATED", 0), ("NORM", 0)],
+    ),
+    (
+        "strip",
+        &[("SHORT", 1), ("X_ROWS", 64), ("UNITS", 3), ("BLOCKS", 1), ("GATED", 1), ("NORM", 1)],
+    ),
+    (
+        "strip",
+        &[("SHORT", 1), ("X_ROWS", 64), ("UNITS", 2), ("BLOCKS", 1), ("GATED", 0), ("NORM", 1)],
+    ),
+    (
+        "strip",
+        &[("SHORT", 1), ("X_ROWS", 64), ("UNITS", 7), ("BLOCKS", 1), ("GATED", 0), ("NORM", 0)],
+    ),
+    (
+        "strip",
+        &[
+            ("SHORT", 1),
+            ("X_ROWS", 64),
+            ("UNITS", 3),
+            ("BLOCKS", 1),
+            ("GATED", 1),
+            ("NORM", 1),
+            ("RACE_CHECKED", 1),
+        ],
+    ),
     ("wide", &[("STAGES", 8), ("NORM", 0), ("GATED", 0), ("OUT_F32", 1)]),
     ("wide", &[("STAGES", 12), ("NORM", 1), ("GATED", 0), ("OUT_F32", 0)]),
     ("wide", &[("STAGES", 10), ("NORM", 1), ("GATED", 1), ("OUT_F32", 0)]),
@@ -38,6 +78,7 @@ const PROGRAMS: [(&str, &[(&str, i32)]); 24] = [
     (
         "strip",
         &[
+            ("SHORT", 0),
             ("X_ROWS", 64),
             ("UNITS", 5),
             ("BLOCKS", 2),

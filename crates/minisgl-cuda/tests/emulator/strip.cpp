@@ -1,8 +1,15 @@
-// `strip.cu`: X_ROWS rows of x, strips of UNITS units, clusters of BLOCKS, GATED, NORM.
+// `strip.cu`, or `strip_short.cu` if SHORT: X_ROWS rows of x, strips of UNITS units, clusters of BLOCKS, GATED, NORM.
 #include "ptx.h"
 
 #include "ring.cuh"
+#include "strip.cuh"
+#if SHORT
+#include "strip_short.cu"
+#define KERNEL strip_short
+#else
 #include "strip.cu"
+#define KERNEL strip
+#endif
 
 #include "check.h"
 
@@ -29,7 +36,7 @@ static void check(int rows, int n, int k, Options o) {
         .blocks = BLOCKS * strips, .cluster = BLOCKS, .threads = THREADS,
         .memory = [] { return memory; },
         .previous = [&] { x = x_later, o.add ? void(out = before) : forget(out); },
-        .kernel = [&] { strip(upper, lower, x_map, args); },
+        .kernel = [&] { KERNEL(upper, lower, x_map, args); },
     });
     for (int row = 0; row < rows; row++) {
         std::vector<double> got, want;

@@ -1,0 +1,118 @@
+// Products as in `strip.cuh`, of rows so short that a block reads all of x in less time than a cluster would take to
+// exchange its sums, and that half of a multiprocessor's memory is enough: beside a block there is room for one of the
+// next kernel, which may start at once.
+//
+// What a block waits for is its shared memory, most of all for x. So warpgroups take the steps by turns, x from
+// registers, where Σ x² is had on the way. At the end each adds the other's sums of every second unit, and stores these.
+
+#define THREADS (2 * TEAM + 32)
+// Named barrier of the warpgroups.
+#define MET 1
+
+// The whole strip's sums, and of squares of x in rows g and g + 8.
+struct Sums { float d[UNITS * 8], squares[2]; };
+
+// Over the RANKth and every second step behind it.
+template <int RANK> __device__ __forceinline__ void take(const Args &a, const Part &p, const Rings &s, Sums &sums) {
+    u32 even[16], odd[16];
+    Ring ring(a.stages);
+    auto advance = [](Ring &ring) { ring.next(), ring.next(); };
+    if (RANK == 1) ring.next();
+    Ring next = ring;
+    // A warp's 16 rows of a step; behind X_ROWS, some twice.
+    auto load = [&](u32 (&x)[16]) {
+        int lane = threadIdx.x & 31, row = threadIdx.x % TEAM / 32 * 16 % X_ROWS + lane % 16;
+        barrier_wait(s.full + 8 * next.stage, next.parity);
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+            load_matrices(*(u32 (*)[4])(x + 4 * j), s.x + next.stage * X_BYTES + row * 128 + ((2 * j + lane / 16 ^ row) & 7) * 16);
+        advance(next);
+    };
+    auto multiply = [&](u32 (&x)[16], u32 (&then)[16], int step) {
+        u64 w = factor(s.w + ring.stage * W_BYTES);
+        pin(x), pin(sums.d);
+        products_begin();
+#pragma unroll
+        for (int j = 0; j < 4; j++) add_products<UNITS>(sums.d, (const u32 *)(x + 4 * j), along(w, j * 32), step + j > RANK);
+        products_commit();
+        if (step + 2 < p.steps) load(then);
+#pragma unroll
+        for (int i = 0; NORM && i < 16; i++) sums.squares[i % 2] += low_half(x[i]) * low_half(x[i]) + high_half(x[i]) * high_half(x[i]);
+        products_wait<0>();
+        pin(x), pin(sums.d);
+        warp_arrives(s.free + 8 * ring.stage);
+        advance(ring);
+    };
+    if (RANK < p.steps) load(even);
+    for (int step = RANK; step < p.steps; step += 4) {
+        multiply(even, odd, step);
+        if (step + 2 < p.steps) multiply(odd, even, step + 2);
+    }
+#pragma unroll
+    for (int h = 0; NORM && h < 2; h++) {
+        float &sum = sums.squares[h];
+        sum += __shfl_xor_sync(~0u, sum, 1), sum += __shfl_xor_sync(~0u, sum, 2);
+    }
+}
+
+// A warpgroup, which stores the RANKth unit and every second behind it.
+template <int RANK> __device__ __forceinline__ void multiply(const Args &a, const Part &p, const Rings &s) {
+    // Without values to begin with, ptxas may have products wait for one another.
+    Sums all = {};
+    wait_for_previous();
+    take<RANK>(a, p, s, all);
+    // In the rings' place come sums [unit][half of it][thread] 4, and squares like another unit of them.
+    auto left = [&](int unit, int half) { return s.x + ((unit * 2 + half) * TEAM + threadIdx.x % TEAM) * 16; };
+    // Both have taken their last step.
+    named_barrier(MET, 2 * TEAM);
+#pragma unroll
+    for (int unit = 1 - RANK; unit < UNITS; unit += 2)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const float *sums = all.d + unit * 8 + 4 * half;
+            store_shared(left(unit, half), sums[0], sums[1], sums[2], sums[3]);
+        }
+    if (NORM) store_shared(left(UNITS, RANK), all.squares[0], all.squares[1], 0.f, 0.f);
+    named_barrier(MET, 2 * TEAM);
+    if (!has_rows(a)) return;
+    float2 factors = make_float2(1.f, 1.f);
+    if (NORM) {
+        uint4 more = load_shared_16(left(UNITS, 1 - RANK));
+        factors = factors_of(a, all.squares[0] + __uint_as_float(more.x), all.squares[1] + __uint_as_float(more.y));
+    }
+#pragma unroll
+    for (int unit = RANK; unit < UNITS; unit += 2) {
+        Corner corner(p.strip * UNITS + unit);
+        float sums[8], before[8];
+        of_unit(sums, all.d, unit);
+        corner.load(a, before);
+#pragma unroll
+        for (int half = 0; half < 2; half++) add_to(sums, half, load_shared_16(left(unit, half)));
+        corner.store(a, sums, before, factors);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+strip_short(const __grid_constant__ TensorMap upper, const __grid_constant__ TensorMap lower, const __grid_constant__ TensorMap x, const Args a) {
+    extern __shared__ unsigned char memory[];
+    __shared__ u64 barriers[2 * STAGES_MAX];
+    let_next_start();
+    Part p(a);
+    Rings s(a, memory, barriers);
+    if (threadIdx.x == 2 * TEAM) {
+        s.init(a, TEAM / 32);
+        publish_barriers();
+    }
+    __syncthreads();
+    if (threadIdx.x >= 2 * TEAM) {
+        if (threadIdx.x == 2 * TEAM) {
+            prefetch_map(x);
+            fetch(a, upper, lower, x, p, s);
+        } else {
+            wait_for_previous();
+        }
+        return;
+    }
+    if (threadIdx.x < TEAM) multiply<0>(a, p, s);
+    else multiply<1>(a, p, s);
+}
