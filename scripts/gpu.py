@@ -227,6 +227,7 @@ class Bench:
 
     def tests(self):
         self.cargo_tests("tests", ["ops", "half_layers", "collective", "cards"])
+        self.cargo_tests("tests of models", ["models"], "a_card")
 
     def tp_tests(self):
         self.cargo_tests("tp-tests", ["collective", "cards"], "cards_of_their_own")

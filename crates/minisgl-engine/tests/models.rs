@@ -1,5 +1,6 @@
 //! Every architecture against logits and tokens of the Hugging Face implementation, stored by
-//! `scripts/make_tiny_checkpoints.py`; whole, in chunks, over pages of other sizes, over ranks.
+//! `scripts/make_tiny_checkpoints.py`; whole, in chunks, over pages of other sizes, over ranks; and on a card,
+//! where there is one.
 
 #[expect(dead_code, reason = "the switches for failures are for other tests")]
 mod reference;
@@ -10,11 +11,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use minisgl_cpu::{CpuBackend, CpuOptions};
+use minisgl_cuda::{CudaBackend, CudaOptions};
 use minisgl_engine::{Checkpoint, EngineOptions, KvSize, LocalEngine};
 use minisgl_scheduler::engine::Engine;
 use minisgl_scheduler::plan::*;
 use minisgl_scheduler::sampling::SamplingParams;
-use minisgl_tensor::{Backend, Collective, Precision};
+use minisgl_tensor::{Alone, Backend, Collective, Precision};
 use tiny::Tiny;
 
 const ALL: [&str; 12] = [
@@ -41,17 +43,35 @@ enum On {
     Cpu,
     /// The same as it is by default: weights as stored, K and V in half precision.
     CpuNative,
+    /// The first card, in f32.
+    Card,
+    /// The same in bfloat16.
+    CardNative,
+}
+
+impl On {
+    fn precision(self) -> Precision {
+        match self {
+            Self::CpuNative | Self::CardNative => Precision::Native,
+            Self::Loops | Self::Cpu | Self::Card => Precision::Exact,
+        }
+    }
 }
 
 fn ranks(on: On, count: usize) -> Vec<(Arc<dyn Backend>, Arc<dyn Collective>)> {
-    let precision = match on {
+    let precision = on.precision();
+    match on {
         On::Loops => {
             let ranks = reference::group(count).into_iter();
             return ranks.map(|(b, c)| (b as Arc<dyn Backend>, c)).collect();
         }
-        On::Cpu => Precision::Exact,
-        On::CpuNative => Precision::Native,
-    };
+        On::Card | On::CardNative => {
+            assert_eq!(count, 1);
+            let card = CudaBackend::new(CudaOptions::new(0, precision)).unwrap();
+            return vec![(Arc::new(card), Arc::new(Alone))];
+        }
+        On::Cpu | On::CpuNative => {}
+    }
     let ends = minisgl_cpu::shared_memory_group(count, Duration::from_secs(60));
     let options = CpuOptions { threads: Some(1), precision, ..CpuOptions::default() };
     let backend = || Arc::new(CpuBackend::new(options.clone()).unwrap()) as Arc<dyn Backend>;
@@ -61,7 +81,7 @@ fn ranks(on: On, count: usize) -> Vec<(Arc<dyn Backend>, Arc<dyn Collective>)> {
 fn engine(tiny: &Tiny, page_size: usize, on: On, count: usize) -> LocalEngine {
     let checkpoint = Arc::new(Checkpoint::open(tiny.folder()).unwrap());
     let options = EngineOptions {
-        precision: if matches!(on, On::CpuNative) { Precision::Native } else { Precision::Exact },
+        precision: on.precision(),
         page_size,
         kv_size: KvSize::Pages(160 / page_size),
         running_requests_max: 4,
@@ -234,6 +254,35 @@ fn bf16_stays_within_the_noise_of_the_reference() {
         let distance = distance(&teacher_forced(&tiny, &mut driver, 64), &tiny.logprobs);
         assert!(distance <= tiny.bf16_noise, "{name}: {distance}, noise {}", tiny.bf16_noise);
         assert!(distance > 0.0, "{name}: nothing was rounded");
+    }
+}
+
+#[test]
+fn a_card_agrees_with_the_stored_reference() {
+    if minisgl_cuda::devices().is_empty() {
+        return eprintln!("tiny checkpoints: skipped, no CUDA device on this machine");
+    }
+    for name in ALL {
+        let tiny = Tiny::load(name);
+        for (page_size, chunk) in [(1, 64), (16, 64), (16, 5)] {
+            let mut driver = Driver { engine: engine(&tiny, page_size, On::Card, 1), step: 0 };
+            let distance = distance(&teacher_forced(&tiny, &mut driver, chunk), &tiny.logprobs);
+            assert!(distance < 1e-4, "{name}, page {page_size}, chunk {chunk}: {distance}");
+            let tokens = generate(&tiny, &mut driver, chunk);
+            assert_eq!(tokens, tiny.tokens, "{name}, page {page_size}, chunk {chunk}");
+        }
+        // Activations are rounded to bfloat16 as the reference's are, but not in the same places.
+        tiny.round_to_bf16();
+        for chunk in [64, 5] {
+            let mut driver = Driver { engine: engine(&tiny, 16, On::CardNative, 1), step: 0 };
+            let distance = distance(&teacher_forced(&tiny, &mut driver, chunk), &tiny.logprobs);
+            let most = 2.0 * tiny.bf16_noise;
+            assert!(distance <= most, "{name}, bf16, chunk {chunk}: {distance}, at most {most}");
+            eprintln!(
+                "{name}, bf16, chunk {chunk}: {:.2} of the noise",
+                distance / tiny.bf16_noise
+            );
+        }
     }
 }
 
