@@ -213,8 +213,9 @@ struct Sums {
                 int head = 8 * h + 2 * t + e;
                 if (head >= heads) continue;
                 if (g == 0) tops[head] = make_float2(top[h][e] * scale, total);
+                float *sums = to + head * SUMS_STRIDE + g;
 #pragma unroll
-                for (int j = 0; j < DIM / 16; j++) to[head * SUMS_STRIDE + 16 * j + g] = o[h][j][e], to[head * SUMS_STRIDE + 16 * j + g + 8] = o[h][j][2 + e];
+                for (int j = 0; j < DIM / 16; j++) sums[16 * j] = o[h][j][e], sums[16 * j + 8] = o[h][j][2 + e];
             }
     }
 };

@@ -112,7 +112,7 @@ template <int OURS> __device__ __forceinline__ void share(const Args &a, const P
 #pragma unroll
         for (int from = 0; from < BLOCKS; from++)
 #pragma unroll
-            for (int half = 0; half < 2; half++) add_to(sums, half, load_shared_16(s.sums(from, place, half)));
+            for (int half = 0; half < 2; half++) add_half(sums, half, load_shared_16(s.sums(from, place, half)));
         Corner(first_unit + place * BLOCKS + p.rank).store(a, sums, before[place], factors);
     }
 }

@@ -132,7 +132,7 @@ template <int COUNT> __device__ __forceinline__ void of_unit(float (&sums)[8], c
 #pragma unroll
     for (int i = 0; i < 8; i++) sums[i] = all[unit * 8 + i];
 }
-__device__ __forceinline__ void add_to(float (&sums)[8], int half, uint4 more) {
+__device__ __forceinline__ void add_half(float (&sums)[8], int half, uint4 more) {
     sums[4 * half] += __uint_as_float(more.x), sums[4 * half + 1] += __uint_as_float(more.y);
     sums[4 * half + 2] += __uint_as_float(more.z), sums[4 * half + 3] += __uint_as_float(more.w);
 }

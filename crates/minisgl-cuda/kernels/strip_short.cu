@@ -6,6 +6,7 @@
 // registers, where Σ x² is had on the way. At the end each adds the other's sums of every second unit, and stores these.
 
 #define THREADS (2 * TEAM + 32)
+static_assert(X_ROWS == 64 && BLOCKS == 1, "each warp of a warpgroup has 16 rows of x");
 // Named barrier of the warpgroups.
 #define MET 1
 
@@ -19,9 +20,9 @@ template <int RANK> __device__ __forceinline__ void take(const Args &a, const Pa
     auto advance = [](Ring &ring) { ring.next(), ring.next(); };
     if (RANK == 1) ring.next();
     Ring next = ring;
-    // A warp's 16 rows of a step; behind X_ROWS, some twice.
+    // A warp's 16 rows of a step.
     auto load = [&](u32 (&x)[16]) {
-        int lane = threadIdx.x & 31, row = threadIdx.x % TEAM / 32 * 16 % X_ROWS + lane % 16;
+        int lane = threadIdx.x & 31, row = threadIdx.x % TEAM / 32 * 16 + lane % 16;
         barrier_wait(s.full + 8 * next.stage, next.parity);
 #pragma unroll
         for (int j = 0; j < 4; j++)
@@ -87,7 +88,7 @@ template <int RANK> __device__ __forceinline__ void multiply(const Args &a, cons
         of_unit(sums, all.d, unit);
         corner.load(a, before);
 #pragma unroll
-        for (int half = 0; half < 2; half++) add_to(sums, half, load_shared_16(left(unit, half)));
+        for (int half = 0; half < 2; half++) add_half(sums, half, load_shared_16(left(unit, half)));
         corner.store(a, sums, before, factors);
     }
 }

@@ -18,7 +18,6 @@ pub(crate) const STREAM_ROW_MAX: usize = 4096;
 
 impl CudaBackend {
     pub(crate) fn linear_op(&self, a: &Linear<'_>, out: &Tensor) -> Result<()> {
-        let rows = a.x.dim(0);
         if self.prefers_gemv(a) {
             return self.gemv(a, None, out);
         }
@@ -31,6 +30,11 @@ impl CudaBackend {
         if let Some(division) = self.strips(a, out) {
             return self.strip(&division, a, None, out);
         }
+        self.library(a, out)
+    }
+
+    /// By cuBLASLt, with kernels for what it does not do.
+    fn library(&self, a: &Linear<'_>, out: &Tensor) -> Result<()> {
         let x = self.normed(a)?;
         let mut add = a.store == Store::Add;
         if let Some(bias) = a.bias {
@@ -48,7 +52,7 @@ impl CudaBackend {
             x: x.address(),
             w: tensor(a.weight),
             out: out.address(),
-            rows,
+            rows: a.x.dim(0),
             out_dtype: out.dtype(),
             add,
         })
@@ -77,7 +81,7 @@ impl CudaBackend {
         // Of a folded norm, a factor a row is left, which may come behind the product.
         let later = a.norm.filter(|norm| norm.folded && a.bias.is_none());
         let norm = if later.is_some() { None } else { a.norm };
-        self.linear_op(&Linear { store: Store::Set, norm, ..*a }, &both)?;
+        self.library(&Linear { store: Store::Set, norm, ..*a }, &both)?;
         let (x, eps) = later.map_or((0, 0.0), |norm| (a.x.address(), norm.eps));
         let gelu = activation == Activation::GeluTanh;
         let blocks = inner.div_ceil(8 * 512);

@@ -13,7 +13,7 @@ use crate::weights::tensor;
 /// the kernels in front and behind: see `docs/benchmarks/h200-operations.md`. Larger products fill the
 /// card with large tiles, which need fewer bytes of x a multiprocessor.
 const ROWS_MAX: usize = 64;
-/// The same where x is normed on the way.
+/// The same with a norm, whose factors are found on the way: measured when its weights came in here, too.
 const NORMED_ROWS_MAX: usize = 32;
 const ELEMENTS_MAX: usize = 8 << 20;
 /// As in the kernel: elements of k in a step, and the most steps of one ring.

@@ -70,7 +70,7 @@ pub(crate) struct Division {
 }
 
 impl Division {
-    /// `None` where `strip.cu` does not take such a product, or is not known to be faster than cuBLASLt.
+    /// `None` where neither kernel takes such a product, or is not known to be faster than cuBLASLt.
     fn new(x_rows: usize, w_rows: usize, k: usize, multiprocessors: usize) -> Option<Self> {
         let rows = ROWS.into_iter().find(|rows| x_rows <= *rows)?;
         let by_clusters = |blocks| Self::by_clusters(blocks, rows, w_rows, multiprocessors);
@@ -79,7 +79,7 @@ impl Division {
         }
         if k == SHORT_ROW {
             let takes = x_rows > ROWS[0] && w_rows * k >= SHORT_ELEMENTS_MIN;
-            return takes.then(|| Self::short(rows, w_rows, multiprocessors)).flatten();
+            return takes.then(|| Self::short(w_rows, multiprocessors)).flatten();
         }
         if k < ROW_MIN || w_rows * k < ELEMENTS_MIN {
             return None;
@@ -117,14 +117,13 @@ impl Division {
         Some(Self { rows, units, blocks, clusters, stages, shared, module: Module::Strip })
     }
 
-    /// Of short rows, in single blocks.
-    fn short(rows: usize, w_rows: usize, multiprocessors: usize) -> Option<Self> {
-        let division = Self::by_clusters(1, rows, w_rows, multiprocessors)?;
-        let step_bytes = (division.units * UNIT + rows) * STEP * 2;
+    /// Of short rows, in single blocks, for 64 rows of x.
+    fn short(w_rows: usize, multiprocessors: usize) -> Option<Self> {
+        let division = Self::by_clusters(1, ROWS[1], w_rows, multiprocessors)
+            .filter(|d| d.units <= SHORT_UNITS_MAX)?;
+        let step_bytes = (division.units * UNIT + division.rows) * STEP * 2;
         let stages = ((SHORT_SHARED_BYTES - 1024) / step_bytes).min(STAGES_MAX);
-        let short =
-            Self { stages, shared: SHORT_SHARED_BYTES, module: Module::StripShort, ..division };
-        (division.units <= SHORT_UNITS_MAX).then_some(short)
+        Some(Self { stages, shared: SHORT_SHARED_BYTES, module: Module::StripShort, ..division })
     }
 }
 
@@ -171,12 +170,15 @@ impl CudaBackend {
             eps: norm.map_or(0.0, |norm| norm.eps),
         };
         let variant = variant(d, gated.is_some(), norm.is_some());
-        let gathers = d.module == Module::Strip && norm.is_some();
-        let name = if d.module == Module::Strip { "strip" } else { "strip_short" };
+        let (name, threads) = match d.module {
+            Module::StripShort => ("strip_short", THREADS),
+            _ if norm.is_some() => ("strip", THREADS + GATHERING_THREADS),
+            _ => ("strip", THREADS),
+        };
         let function = self.kernels.get(d.module, &variant, name)?;
         let shape = Launch {
             grid: [d.clusters * d.blocks, 1, 1],
-            threads: THREADS + 32 + if gathers { GATHERING_THREADS } else { 0 },
+            threads: threads + 32,
             shared: d.shared,
             cluster: d.blocks,
         };
@@ -197,8 +199,8 @@ fn variant(d: &Division, gated: bool, norm: bool) -> Vec<(&'static str, i32)> {
     ]
 }
 
-/// What a decoder's products ask for, each of a matrix of so many rows of so many elements, gated or not, with a norm or
-/// not.
+/// What a decoder's products ask for, each of a matrix of so many rows of so many elements, gated or not, with a norm
+/// (whose weights are in the matrix, as all are in front of these) or not.
 pub(crate) fn strip_variants(
     products: &[(usize, usize, bool, bool)],
     multiprocessors: usize,
@@ -235,6 +237,19 @@ mod tests {
                 assert_eq!(d.clusters, w_rows.div_ceil(d.units * UNIT), "{what}");
             }
         }
+    }
+
+    #[test]
+    fn short_rows_have_stages_for_both_warpgroups_and_room_for_their_sums() {
+        for (x_rows, w_rows) in [(33, 4096), (64, 6144), (40, 4104), (64, 16384)] {
+            let d = Division::new(x_rows, w_rows, SHORT_ROW, MULTIPROCESSORS).unwrap();
+            assert_eq!((d.module, d.rows, d.blocks), (Module::StripShort, 64, 1), "{d:?}");
+            // Each warpgroup waits for its next step before it leaves the one that it has.
+            assert!(d.stages >= 4, "{d:?}");
+            assert!(d.clusters <= MULTIPROCESSORS && d.clusters * d.units * UNIT >= w_rows);
+            assert!(1024 + (d.units + 1) * 2 * 128 * 16 <= d.shared, "{d:?}");
+        }
+        assert_eq!(Division::new(64, 20000, SHORT_ROW, MULTIPROCESSORS), None);
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! Weights on the card: in the type of activations, whatever the file has.
 
 use half::{bf16, f16};
-use minisgl_tensor::{Backend, BackendError, DType, HostTensor, Norm, Result, Tensor, Weight};
+use minisgl_tensor::{BackendError, DType, HostTensor, Norm, Result, Tensor, Weight};
 
 use crate::backend::{CudaBackend, norm_args};
 use crate::device::{Launch, args, fail};
@@ -49,12 +49,9 @@ impl CudaBackend {
         let (w, (weight, _, shift)) = (tensor(matrix), norm_args(Some(&norm)));
         let shape = Launch::new(w.elements().div_ceil(256 * 8), 256);
         self.simple("scale_columns", shape, args![w, weight, shift, w.row_len(), w.elements()])?;
-        // Kernels read weights before they wait for the ones in front.
-        self.synchronize()?;
-        let ones = self.alloc_tensor(DType::F32, &[w.row_len()])?;
-        self.staging.load(&1f32.to_le_bytes().repeat(w.row_len()), &ones)?;
-        let weight = Weight::new(&[w.row_len()], DeviceWeight(ones));
-        Ok(Norm { weight, eps: norm.eps, plus_one: false, folded: true })
+        // Kernels read weights before they wait for the ones in front; but none starts before this copy is done.
+        self.staging.load(&1f32.to_le_bytes().repeat(w.row_len()), tensor(&norm.weight))?;
+        Ok(Norm { plus_one: false, folded: true, ..norm })
     }
 
     /// Converts piece by piece, so that host memory stays small.

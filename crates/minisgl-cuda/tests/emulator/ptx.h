@@ -122,7 +122,7 @@ inline void store_shared(u32 address, uint4 x) {
 }
 inline void store_shared(u32 address, float a, float b, float c, float d) {
     float4 x = {a, b, c, d};
-    check_aligned("address", address, 16);
+    check_aligned("to", address, 16);
     memcpy(bytes_at(address), &x, 16);
 }
 inline uint4 load_shared_16(u32 address) {
