@@ -32,6 +32,8 @@ pub struct Reference {
     pub spared_min: AtomicUsize,
     /// Rows that attention has taken through a prefix with others.
     pub shared_rows: AtomicUsize,
+    /// What the columns of a matrix, by its numbers' address, would have been multiplied with by `fold_norm`: its input is.
+    folded: Mutex<BTreeMap<usize, Matrix>>,
     /// Bytes of weights and tensors that there is room for; 0 for plenty.
     capacity: usize,
     /// Bytes that are taken, and those of them that matrices have.
@@ -73,6 +75,11 @@ impl Mark for Reached {
 
 type Matrix = Vec<f32>;
 
+/// Which matrix it is.
+fn address(weight: &Weight) -> usize {
+    weight.get::<Matrix>().as_ptr().addr()
+}
+
 impl Reference {
     pub fn with_capacity(capacity: usize) -> Self {
         Self { capacity, ..Self::default() }
@@ -91,6 +98,20 @@ impl Reference {
         self.take(size_of_val(&values[..]))?;
         self.matrix_bytes.fetch_add(size_of_val(&values[..]), Ordering::SeqCst);
         Ok(Weight::new(shape, values))
+    }
+
+    /// A product's input, normed. Nothing but its own norm may be in front of a matrix that one was folded into.
+    fn input(&self, a: &Linear<'_>) -> Matrix {
+        let folded = self.folded.lock().unwrap();
+        let weights = folded.get(&address(a.weight));
+        assert_eq!(a.norm.is_some_and(|norm| norm.folded), weights.is_some(), "another norm");
+        let x = self.f(a.x);
+        let mut x = a.norm.map_or_else(|| x.clone(), |norm| normed(&x, norm));
+        if let Some(weights) = weights {
+            x.chunks_mut(weights.len())
+                .for_each(|row| row.iter_mut().zip(weights).for_each(|(x, w)| *x *= w));
+        }
+        x
     }
 
     fn bytes(&self, t: &Tensor) -> Vec<u8> {
@@ -239,6 +260,15 @@ impl Backend for Reference {
         Ok(Weight::new(&[values.len()], values))
     }
 
+    fn fold_norm(&self, norm: Norm, matrix: &Weight) -> Result<Norm> {
+        let plus = if norm.plus_one { 1.0 } else { 0.0 };
+        let weights: Matrix = norm.weight.get::<Matrix>().iter().map(|w| w + plus).collect();
+        let ones = Weight::new(&[weights.len()], vec![1.0_f32; weights.len()]);
+        let before = self.folded.lock().unwrap().insert(address(matrix), weights);
+        assert!(before.is_none(), "a second norm in one matrix");
+        Ok(Norm { weight: ones, plus_one: false, folded: true, ..norm })
+    }
+
     fn embed(&self, a: &Embed<'_>, out: &Tensor) -> Result<()> {
         let call = 1 + self.embeds.fetch_add(1, Ordering::SeqCst);
         if call == self.fail_at.load(Ordering::SeqCst) {
@@ -265,9 +295,7 @@ impl Backend for Reference {
     }
 
     fn linear(&self, a: &Linear<'_>, out: &Tensor) -> Result<()> {
-        let x = self.f(a.x);
-        let x = a.norm.map_or_else(|| x.clone(), |norm| normed(&x, norm));
-        let mut y = matmul(&x, a.weight.get::<Matrix>(), a.weight.cols());
+        let mut y = matmul(&self.input(a), a.weight.get::<Matrix>(), a.weight.cols());
         if let Some(bias) = a.bias {
             let bias = bias.get::<Matrix>();
             y.iter_mut().enumerate().for_each(|(i, y)| *y += bias[i % bias.len()]);
@@ -280,8 +308,7 @@ impl Backend for Reference {
     }
 
     fn gated_linear(&self, a: &Linear<'_>, activation: Activation, out: &Tensor) -> Result<()> {
-        let x = normed(&self.f(a.x), a.norm.expect("normed here"));
-        let y = matmul(&x, a.weight.get::<Matrix>(), a.weight.cols());
+        let y = matmul(&self.input(a), a.weight.get::<Matrix>(), a.weight.cols());
         let y: Vec<f32> = y.chunks(a.weight.rows()).flat_map(|y| gated(y, activation)).collect();
         self.put_f(out, &y);
         Ok(())
