@@ -182,6 +182,17 @@ fn silu(x: f64) -> f64 {
     x / (1.0 + (-x).exp())
 }
 
+/// `silu(g) · u` of rows `[g, u]` of `n`.
+fn gated(product: &[f64], n: usize) -> Vec<f64> {
+    product
+        .chunks(n)
+        .flat_map(|row| {
+            let (g, u) = row.split_at(n / 2);
+            g.iter().zip(u).map(|(g, u)| silu(*g) * u).collect::<Vec<_>>()
+        })
+        .collect()
+}
+
 /// Rows of x, rows of w, and their length.
 type Product = (usize, usize, usize);
 
@@ -306,13 +317,7 @@ fn linear_case(r: &mut Rig, m: usize, n: usize, k: usize) {
     let out = r.out(&[m, n / 2]);
     r.b.gated_linear(&Linear { norm: Some(&norm), bias: None, ..args }, Activation::Silu, &out)
         .unwrap();
-    let gated: Vec<f64> = (0..m * n / 2)
-        .map(|i| {
-            let (row, col) = (i / (n / 2), i % (n / 2));
-            silu(product[row * n + col]) * product[row * n + n / 2 + col]
-        })
-        .collect();
-    r.close(&format!("gated {what}"), &r.get(&out), &gated);
+    r.close(&format!("gated {what}"), &r.get(&out), &gated(&product, n));
     folded_case(r, [m, n, k], (&x, &xt), (&w, &wt), (&nw, norm), (&bias, &bt));
 }
 
@@ -343,13 +348,7 @@ fn folded_case(
     r.close(&what, &r.get(&out), &product);
     let out = r.out(&[m, n / 2]);
     r.b.gated_linear(&args, Activation::Silu, &out).unwrap();
-    let gated: Vec<f64> = (0..m * n / 2)
-        .map(|i| {
-            let (row, col) = (i / (n / 2), i % (n / 2));
-            silu(product[row * n + col]) * product[row * n + n / 2 + col]
-        })
-        .collect();
-    r.close(&format!("gated {what}"), &r.get(&out), &gated);
+    r.close(&format!("gated {what}"), &r.get(&out), &gated(&product, n));
 }
 
 #[test]
