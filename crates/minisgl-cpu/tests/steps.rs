@@ -261,6 +261,7 @@ fn sampling_keeps_what_it_may_and_draws_fairly() {
         let logits = r.put(&row.repeat(rows), &[rows, vocab]);
         let mut order: Vec<usize> = (0..vocab).collect();
         order.sort_by(|&a, &b| row[b].total_cmp(&row[a]));
+        let no_numbers = r.put(&vec![f32::NAN; rows * vocab], &[rows, vocab]);
         let table = r.ints(&vec![-1; rows], &[rows]);
         for (t, k, p, m) in [
             (0.0, 0, 1.0, 0.0),
@@ -317,6 +318,10 @@ fn sampling_keeps_what_it_may_and_draws_fairly() {
             let square: f64 = (0..allowed.len()).map(|i| chance(i).powi(3)).sum();
             let spread = ((square - expected * expected).max(0.0) / rows as f64).sqrt();
             assert!((mean - expected).abs() <= 5.0 * spread + 1e-6, "{mean} for {expected}");
+            // Some token, where there is none to be drawn.
+            r.b.sample(&args, &no_numbers).unwrap();
+            let got = r.get_ints(&tokens);
+            assert!(got.iter().all(|i| (0..vocab as i32).contains(i)), "t {t} k {k} p {p} m {m}");
         }
         logprobs_and_edits(&r, &row, &order, &logits);
     }
