@@ -10,8 +10,8 @@ mkdir -p "$out"
 
 cargo build --profile dist -p minisgl --bin minisgl
 cp "$target/dist/minisgl" "$out/"
-cargo test --release --no-run --workspace \
-    --test ops --test half_layers --test collective --test cards --test models --test real_model 2>&1 | tee "$out/build.log"
+cargo test --release --no-run --workspace --test ops --test half_layers --test collective --test cards \
+    --test models --test real_model 2>&1 | tee "$out/build.log"
 sed -n 's|.*Executable tests/\([^./]*\).* (\(.*\))|\1 \2|p' "$out/build.log" |
     while read -r name path; do cp "$path" "$out/$name"; done
 cargo build --release --workspace --example decode_step --example products --example exchange

@@ -11,9 +11,6 @@
 // Padded, so that the heads' rows begin in different banks.
 #define Q_STRIDE (DIM + 8)
 #define SUMS_STRIDE (DIM + 4)
-// Sums that scores' products go to by turns, so that they wait less for one another. On 10.0 there are no registers
-// for two.
-#define TURNS (__CUDA_ARCH__ < 1000 ? 2 : 1)
 
 // How scores are made of products, and which tokens count.
 struct Scores {
@@ -152,18 +149,19 @@ struct Sums {
     __device__ void add(const Scores &a, int kv_len, int base, u32 tile, const Queries &q) {
         int lane = threadIdx.x & 31, g = lane / 4;
         // Of token g + 8r and head 8h + 2t + e: x[h][2r + e].
-        float turns[TURNS][HALVES][4] = {}, (&x)[HALVES][4] = turns[0];
+        // Products go to two sums by turns, so that they wait less for one another.
+        float turns[2][HALVES][4] = {}, (&x)[HALVES][4] = turns[0];
         u32 b[4], weights[HALVES][2];
 #pragma unroll
         for (int i = 0; i < DIM / 16; i++) {
             load_matrices(b, tile + in_tile(lane & 15, 2 * i + (lane >> 4)));
 #pragma unroll
-            for (int h = 0; h < HALVES; h++) mma(turns[i % TURNS][h], b[0], b[1], b[2], b[3], q.low[i][h], q.high[i][h]);
+            for (int h = 0; h < HALVES; h++) mma(turns[i % 2][h], b[0], b[1], b[2], b[3], q.low[i][h], q.high[i][h]);
         }
 #pragma unroll
         for (int h = 0; h < HALVES; h++)
 #pragma unroll
-            for (int e = 0; e < 4; e++) x[h][e] += TURNS > 1 ? turns[TURNS - 1][h][e] : 0.f;
+            for (int e = 0; e < 4; e++) x[h][e] += turns[1][h][e];
         float scale = a.power_of_2_scale();
         bool whole = base + TILE <= kv_len && (a.window <= 0 || base >= kv_len - a.window);
 #pragma unroll

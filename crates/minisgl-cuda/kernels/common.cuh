@@ -1,7 +1,8 @@
 // What every kernel file starts with, followed by `ptx.cuh`. No header of the toolkit is included: NVRTC
 // alone compiles this. `T` is the type of activations: `bf16`, or `float` in the exact mode.
 //
-// Every kernel calls `let_next_start()` first (`wide.cu` and `strip.cu` when they ask for their last weights):
+// Every kernel calls `let_next_start()` first (`wide.cu` and `strip.cu` when they ask for their last weights,
+// `scale_columns`, which writes weights, never):
 // its successor may be launched as soon as all of its own blocks have (programmatic dependent launch). And
 // every thread calls `wait_for_previous()` before it touches anything that an earlier kernel writes or reads.
 // A kernel is done when its last thread is, so that this orders it behind all before it. Before that call stand only

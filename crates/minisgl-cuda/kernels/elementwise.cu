@@ -66,7 +66,8 @@ extern "C" __global__ void rms_norm(const T *x, const float *weight, float eps, 
         to[i] = from_float<T>(to_float(from[i]) * scale * (weight[i] + shift));
 }
 
-// w[m, k] *= weight[k] + shift. A thread has 8 elements.
+// w[m, k] *= weight[k] + shift. A thread has 8 elements. No kernel may start before it is done: others read weights
+// before they wait.
 extern "C" __global__ void scale_columns(T *w, const float *weight, float shift, int cols, long long count) {
     wait_for_previous();
     long long from = (blockIdx.x * (long long)blockDim.x + threadIdx.x) * 8;

@@ -77,25 +77,26 @@ impl Layer {
         let norm = |name: &str| {
             scope.at(name).norm(config.hidden_size, config.norm_eps, config.norm_plus_one)
         };
-        let (attention_norm, mlp_norm) =
-            (norm("input_layernorm")?, norm("post_attention_layernorm")?);
-        let index = attention.layer;
-        let attention = Attention::new(&scope.at("self_attn"), config, attention)?;
-        let attention_norm = attention.fold_norm(scope, attention_norm)?;
         let moe = match mlp {
             MlpKind::Dense => None,
             MlpKind::Moe => {
                 let moe = config.moe.as_ref().context("the config describes no experts")?;
-                moe.sparse_layers[index].then_some(moe)
+                moe.sparse_layers[attention.layer].then_some(moe)
             }
         };
-        if let Some(moe) = moe {
-            let mlp = LayerMlp::Moe(Experts::new(&scope.at("mlp"), config, moe)?);
-            return Ok(Self { attention_norm, attention, mlp_norm, mlp });
-        }
-        let mlp = Mlp::new(&scope.at("mlp"), config)?;
-        let mlp_norm = mlp.fold_norm(scope, mlp_norm)?;
-        Ok(Self { attention_norm, attention, mlp_norm, mlp: LayerMlp::Dense(mlp) })
+        let attention = Attention::new(&scope.at("self_attn"), config, attention)?;
+        let attention_norm = attention.fold_norm(scope, norm("input_layernorm")?)?;
+        let mlp_norm = norm("post_attention_layernorm")?;
+        let (mlp, mlp_norm) = match moe {
+            // Router and experts both multiply what the norm gives.
+            Some(moe) => (LayerMlp::Moe(Experts::new(&scope.at("mlp"), config, moe)?), mlp_norm),
+            None => {
+                let mlp = Mlp::new(&scope.at("mlp"), config)?;
+                let mlp_norm = mlp.fold_norm(scope, mlp_norm)?;
+                (LayerMlp::Dense(mlp), mlp_norm)
+            }
+        };
+        Ok(Self { attention_norm, attention, mlp_norm, mlp })
     }
 }
 
