@@ -199,12 +199,14 @@ template <int N> __device__ __forceinline__ void pin(u32 (&d)[N]) {
 #define SUMS_4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define SUMS_8(d, i) SUMS_4(d, i), SUMS_4(d, i + 4)
 #define SUMS_16(d, i) SUMS_8(d, i), SUMS_8(d, i + 8)
+#define SUMS_24(d, i) SUMS_16(d, i), SUMS_8(d, i + 16)
 #define SUMS_32(d, i) SUMS_16(d, i), SUMS_16(d, i + 16)
 #define SUMS_64(d, i) SUMS_32(d, i), SUMS_32(d, i + 32)
 // The same registers' names in the instruction.
 #define NAMES_8 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define NAMES_16 NAMES_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
-#define NAMES_32 NAMES_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define NAMES_24 NAMES_16 ", %16, %17, %18, %19, %20, %21, %22, %23"
+#define NAMES_32 NAMES_24 ", %24, %25, %26, %27, %28, %29, %30, %31"
 #define NAMES_64 NAMES_32 \
     ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
     ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
@@ -236,5 +238,6 @@ template <int N> struct Product;
 
 PRODUCT(16, 8, 8, 9, 10, 11, 12, 13, 14)
 PRODUCT(32, 16, 16, 17, 18, 19, 20, 21, 22)
+PRODUCT(48, 24, 24, 25, 26, 27, 28, 29, 30)
 PRODUCT(64, 32, 32, 33, 34, 35, 36, 37, 38)
 PRODUCT(128, 64, 64, 65, 66, 67, 68, 69, 70)

@@ -1,5 +1,5 @@
 // out[m, n] = Σ_k x[m, k] · w[n, k] for some dozens of rows m, where little counts but how fast w is read, on compute
-// capability 9.0: what `strip.cu` and `strip_short.cu` have in common.
+// capability 9.0: what `strip.cu`, `strip_short.cu` and `strip_tall.cu` have in common.
 //
 // A block has a strip of w: UNITS units of 16 rows (gated: 8 of the gate and 8 of up), so many that nearly every
 // multiprocessor has one. It walks along k in steps of 64 elements, of w and of x together, which comes from L2:
@@ -22,7 +22,9 @@
 
 struct Args {
     const float *bias; bf16 *out;
-    int rows, n_total, k_total, stages, add_to, gelu;
+    // x_bytes: of a step of x. Rows that are not there are not asked for: zeros in their place take the copy engine longer
+    // than rows do.
+    int rows, n_total, k_total, stages, x_bytes, add_to, gelu;
     float eps;
 };
 
@@ -54,7 +56,7 @@ __device__ __forceinline__ void fetch(const Args &a, const TensorMap &upper, con
     auto fetch_w = [&](u32 stage, int step) {
         u32 barrier = s.full + 8 * stage, to = s.w + stage * W_BYTES;
         int k = (p.first + step) * STEP, unit = p.strip * UNITS;
-        barrier_expect(barrier, W_BYTES + X_BYTES);
+        barrier_expect(barrier, W_BYTES + a.x_bytes);
         fetch_groups(to, upper, barrier, k, unit * (COLUMNS / 8));
         fetch_groups(to + UPPER * UNIT_BYTES, lower, barrier, k, (unit + UPPER) * (COLUMNS / 8));
     };
@@ -77,8 +79,8 @@ __device__ __forceinline__ void fetch(const Args &a, const TensorMap &upper, con
 // A warp's 16 rows of x and a unit. A thread has 8 sums: [half of the unit][row g or g + 8][column 2t or 2t + 1].
 struct Corner {
     int row, column;
-    __device__ explicit Corner(int unit)
-        : row(threadIdx.x % TEAM / 32 * 16 + (threadIdx.x & 31) / 4), column(unit * COLUMNS + 2 * (threadIdx.x & 3)) {}
+    __device__ explicit Corner(int unit, int first_row = 0)
+        : row(first_row + threadIdx.x % TEAM / 32 * 16 + (threadIdx.x & 31) / 4), column(unit * COLUMNS + 2 * (threadIdx.x & 3)) {}
 
     __device__ __forceinline__ bool has(const Args &a, int half, int h) const {
         return row + 8 * h < a.rows && column + 8 * half < a.n_total;
@@ -122,7 +124,7 @@ template <int COUNT> __device__ __forceinline__ void multiply_by(float (&sums)[C
 }
 // sums += x · wᵀ, of the columns of COUNT units from BEGIN on: no product has all numbers of columns.
 template <int COUNT, int BEGIN = 0, typename X> __device__ __forceinline__ void add_products(float (&sums)[COUNT * 8], X x, u64 w, int accumulate) {
-    constexpr int LEFT = COUNT * 16 - BEGIN, N = LEFT >= 128 ? 128 : LEFT >= 64 ? 64 : LEFT >= 32 ? 32 : 16;
+    constexpr int LEFT = COUNT * 16 - BEGIN, N = LEFT >= 128 ? 128 : LEFT >= 64 ? 64 : LEFT >= 48 ? 48 : LEFT >= 32 ? 32 : 16;
     if constexpr (LEFT > 0) {
         multiply_by(*(float (*)[N / 2])(sums + BEGIN / 2), x, along(w, BEGIN * 128), accumulate);
         add_products<COUNT, BEGIN + N>(sums, x, w, accumulate);

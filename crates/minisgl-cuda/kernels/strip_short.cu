@@ -4,6 +4,8 @@
 //
 // What a block waits for is its shared memory, most of all for x. So warpgroups take the steps by turns, x from
 // registers, where Σ x² is had on the way. At the end each adds the other's sums of every second unit, and stores these.
+//
+// Stages are even in number, so that each is one warpgroup's: steps that it waits for come behind others of its own.
 
 #define THREADS (2 * TEAM + 32)
 static_assert(X_ROWS == 64 && BLOCKS == 1, "each warp of a warpgroup has 16 rows of x");

@@ -25,6 +25,7 @@ pub enum Module {
     Narrow,
     Strip,
     StripShort,
+    StripTall,
     Attention,
     Decode,
     Attend,
@@ -73,6 +74,14 @@ impl Module {
                     include_str!("../kernels/ring.cuh"),
                     include_str!("../kernels/strip.cuh"),
                     include_str!("../kernels/strip_short.cu")
+                )
+            }
+            Module::StripTall => {
+                concat!(
+                    include_str!("../kernels/hopper.cuh"),
+                    include_str!("../kernels/ring.cuh"),
+                    include_str!("../kernels/strip.cuh"),
+                    include_str!("../kernels/strip_tall.cu")
                 )
             }
             Module::Attention => include_str!("../kernels/attention.cu"),

@@ -112,7 +112,7 @@ impl CudaBackend {
             box_rows: 64 * d.groups,
         }
         .map_groups(halves)?;
-        let x = Matrix { address: x.address(), rows, cols: k, box_rows: d.rows }.map()?;
+        let x = Matrix { address: x.address(), rows, cols: k, box_rows: rows }.map()?;
         let args = Args {
             bias: a.bias.map_or(0, |b| tensor(b).address()),
             out: out.address(),

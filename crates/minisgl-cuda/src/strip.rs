@@ -1,4 +1,7 @@
-//! Matrix products of dozens of rows on Hopper, by strips of weights: `kernels/strip.cu` and `strip_short.cu`.
+//! Matrix products of dozens of rows on Hopper, by strips of weights: `kernels/strip.cu`, `strip_short.cu` and
+//! `strip_tall.cu`.
+
+use std::ops::RangeInclusive;
 
 use minisgl_tensor::{Activation, DType, Linear, Result, Store, Tensor};
 
@@ -9,8 +12,9 @@ use crate::linear::GEMV_ROWS_MAX;
 use crate::tiles::Matrix;
 use crate::weights::tensor;
 
-/// Rows of x that the kernel is compiled for. With 128, x has as many bytes as a strip of w, and cuBLASLt was faster.
-const ROWS: [usize; 2] = [32, 64];
+/// Rows of x that kernels are compiled for, of which `strip_tall.cu` has the most. Of larger matrices, where these are as
+/// many bytes as a strip of w has, cuBLASLt was faster.
+const ROWS: [usize; 3] = [32, 64, 128];
 /// The smallest matrices and the shortest rows that were measured, Qwen3-8B's o: where others should go is not known.
 const ELEMENTS_MIN: usize = 16 << 20;
 const ROW_MIN: usize = 4096;
@@ -18,6 +22,11 @@ const ROW_MIN: usize = 4096;
 const SHORT_ELEMENTS_MIN: usize = 4 << 20;
 const SHORT_ROW: usize = 1024;
 const SHORT_UNITS_MAX: usize = 8;
+/// What `strip_tall.cu` was measured with, Qwen3-0.6B's o, down and qkv. With its gate and up cuBLASLt was faster.
+const TALL_ELEMENTS: RangeInclusive<usize> = 2 << 20..=4 << 20;
+const TALL_ROWS: RangeInclusive<usize> = 1024..=3072;
+/// Elements of k of a block, where it is one of two to four.
+const TALL_STEP: usize = 512;
 /// As in the kernel: rows of w in a unit, elements of k in a step, threads that multiply and that gather squares,
 /// and the most stages.
 const UNIT: usize = 16;
@@ -27,6 +36,8 @@ const GATHERING_THREADS: usize = 128;
 const STAGES_MAX: usize = 16;
 /// So many units of a strip that a thread's registers hold their sums.
 const UNITS_MAX: usize = 18;
+/// The same where warps have x in registers, too, and all units.
+const TALL_UNITS_MAX: usize = 8;
 /// Blocks of a cluster, which divide k, in the order in which they are tried.
 const BLOCKS: [usize; 3] = [1, 2, 4];
 /// Shared memory of a block, which has a multiprocessor for itself, without the kernel's barriers and squares.
@@ -48,6 +59,7 @@ struct Args {
     n: i32,
     k: i32,
     stages: i32,
+    x_bytes: i32,
     add: i32,
     gelu: i32,
     eps: f32,
@@ -73,6 +85,10 @@ impl Division {
     /// `None` where neither kernel takes such a product, or is not known to be faster than cuBLASLt.
     fn new(x_rows: usize, w_rows: usize, k: usize, multiprocessors: usize) -> Option<Self> {
         let rows = ROWS.into_iter().find(|rows| x_rows <= *rows)?;
+        if rows == ROWS[2] {
+            let takes = TALL_ELEMENTS.contains(&(w_rows * k)) && TALL_ROWS.contains(&k);
+            return takes.then(|| Self::tall(w_rows, k, multiprocessors)).flatten();
+        }
         let by_clusters = |blocks| Self::by_clusters(blocks, rows, w_rows, multiprocessors);
         if x_rows <= GEMV_ROWS_MAX {
             return None;
@@ -99,8 +115,7 @@ impl Division {
         w_rows: usize,
         multiprocessors: usize,
     ) -> Option<Self> {
-        // Clusters of more than two do not fill an H200: its multiprocessors come in lots of 16 or 18.
-        let most = if blocks > 2 { multiprocessors * 10 / 11 } else { multiprocessors } / blocks;
+        let most = Self::clusters_max(blocks, multiprocessors);
         let all = w_rows.div_ceil(UNIT);
         // Two warpgroups have at least one each.
         let units = all.div_ceil(most.max(1)).max(2);
@@ -122,8 +137,38 @@ impl Division {
         let division = Self::by_clusters(1, ROWS[1], w_rows, multiprocessors)
             .filter(|d| d.units <= SHORT_UNITS_MAX)?;
         let step_bytes = (division.units * UNIT + division.rows) * STEP * 2;
-        let stages = ((SHORT_SHARED_BYTES - 1024) / step_bytes).min(STAGES_MAX);
+        // A stage is always the same warpgroup's: else one might look for a step in it when the other's, which came
+        // before, is not there yet.
+        let stages = ((SHORT_SHARED_BYTES - 1024) / step_bytes).min(STAGES_MAX) & !1;
         Some(Self { stages, shared: SHORT_SHARED_BYTES, module: Module::StripShort, ..division })
+    }
+
+    /// Of short rows, in clusters, for 128 rows of x.
+    fn tall(w_rows: usize, k: usize, multiprocessors: usize) -> Option<Self> {
+        let blocks = if k / TALL_STEP < 4 { 2 } else { 4 };
+        let most = Self::clusters_max(blocks, multiprocessors);
+        let units = w_rows.div_ceil(UNIT).div_ceil(most.max(1)).max(2);
+        if units > TALL_UNITS_MAX {
+            return None;
+        }
+        let received = blocks * units.div_ceil(blocks) * 2 * THREADS * 16;
+        let step_bytes = (units * UNIT + ROWS[2]) * STEP * 2;
+        let stages = ((SHARED_BYTES - 1024 - received) / step_bytes).min(STAGES_MAX);
+        Some(Self {
+            rows: ROWS[2],
+            units,
+            blocks,
+            clusters: w_rows.div_ceil(UNIT).div_ceil(units),
+            stages,
+            shared: 1024 + stages * step_bytes + received,
+            module: Module::StripTall,
+        })
+    }
+
+    /// Clusters that are on a card at once. Of more than two blocks they do not fill an H200, whose multiprocessors come in
+    /// lots of 16 or 18.
+    fn clusters_max(blocks: usize, multiprocessors: usize) -> usize {
+        if blocks > 2 { multiprocessors * 10 / 11 / blocks } else { multiprocessors / blocks }
     }
 }
 
@@ -157,7 +202,7 @@ impl CudaBackend {
             Matrix { address, rows: n * halves, cols: k, box_rows: units * UNIT }.map_groups(halves)
         };
         let (upper, lower) = (part(d.units - lower)?, part(lower)?);
-        let x = Matrix { address: x.address(), rows, cols: k, box_rows: d.rows }.map()?;
+        let x = Matrix { address: x.address(), rows, cols: k, box_rows: rows }.map()?;
         let args = Args {
             bias: a.bias.map_or(0, |b| tensor(b).address()),
             out: out.address(),
@@ -165,6 +210,7 @@ impl CudaBackend {
             n: n as i32,
             k: k as i32,
             stages: d.stages as i32,
+            x_bytes: (rows * STEP * 2) as i32,
             add: i32::from(a.store == Store::Add),
             gelu: i32::from(gated == Some(Activation::GeluTanh)),
             eps: norm.map_or(0.0, |norm| norm.eps),
@@ -172,6 +218,7 @@ impl CudaBackend {
         let variant = variant(d, gated.is_some(), norm.is_some());
         let (name, threads) = match d.module {
             Module::StripShort => ("strip_short", THREADS),
+            Module::StripTall => ("strip_tall", THREADS),
             _ if norm.is_some() => ("strip", THREADS + GATHERING_THREADS),
             _ => ("strip", THREADS),
         };
@@ -245,7 +292,7 @@ mod tests {
             let d = Division::new(x_rows, w_rows, SHORT_ROW, MULTIPROCESSORS).unwrap();
             assert_eq!((d.module, d.rows, d.blocks), (Module::StripShort, 64, 1), "{d:?}");
             // Each warpgroup waits for its next step before it leaves the one that it has.
-            assert!(d.stages >= 4, "{d:?}");
+            assert!(d.stages >= 4 && d.stages.is_multiple_of(2), "{d:?}");
             assert!(d.clusters <= MULTIPROCESSORS && d.clusters * d.units * UNIT >= w_rows);
             assert!(1024 + (d.units + 1) * 2 * 128 * 16 <= d.shared, "{d:?}");
         }
@@ -276,6 +323,24 @@ mod tests {
         // Of Qwen3-0.6B's qkv, and its gate and up, blocks read all of x.
         assert_eq!(of(64, 4096, 1024), Some((2, 1, 128)));
         assert_eq!(of(64, 6144, 1024), Some((3, 1, 128)));
+        // Of more rows clusters divide k: its qkv, o and down.
+        assert_eq!(of(65, 4096, 1024), Some((4, 2, 64)));
+        assert_eq!(of(128, 1024, 2048), Some((3, 4, 22)));
+        assert_eq!(of(128, 1024, 3072), Some((3, 4, 22)));
+    }
+
+    #[test]
+    fn tall_ones_have_room_for_what_they_are_sent() {
+        for (w_rows, k) in [(4096, 1024), (2048, 1024), (1024, 3072), (1032, 2056)] {
+            let d = Division::new(100, w_rows, k, MULTIPROCESSORS).unwrap();
+            assert_eq!((d.module, d.rows), (Module::StripTall, 128), "{d:?}");
+            // Each warpgroup waits for its next step before it leaves the one that it has; each block has such a step.
+            assert!(d.stages >= 2 && k / STEP / d.blocks >= 2, "{d:?}");
+            let rings = 1024 + d.stages * (d.units * UNIT + d.rows) * STEP * 2;
+            let sums = d.blocks * d.units.div_ceil(d.blocks) * UNIT * d.rows * 4;
+            assert!(rings + sums <= d.shared && d.shared <= SHARED_BYTES, "{d:?}");
+            assert!(d.clusters * d.blocks <= MULTIPROCESSORS, "{d:?}");
+        }
     }
 
     #[test]
@@ -283,6 +348,8 @@ mod tests {
         for (x_rows, w_rows, k) in [
             (16, 34816, 5120),
             (65, 34816, 5120),
+            (65, 6144, 1024),
+            (129, 4096, 1024),
             // Qwen3-0.6B's gate and up of few rows, and down; Qwen3-1.7B's qkv, gate and up.
             (32, 6144, 1024),
             (64, 1024, 3072),

@@ -77,6 +77,19 @@ fn kernels_compile_without_spills() {
                 check(Module::StripShort, &defines, arch, false, true);
             }
         }
+        for (units, blocks, gated, norm) in [(3, 4, 0, 0), (4, 2, 0, 1), (8, 2, 1, 1), (8, 4, 0, 1)]
+        {
+            let defines = [
+                ("X_ROWS", 128),
+                ("UNITS", units),
+                ("BLOCKS", blocks),
+                ("GATED", gated),
+                ("NORM", norm),
+            ];
+            if arch == "sm_90a" {
+                check(Module::StripTall, &defines, arch, false, true);
+            }
+        }
         for (dim, group) in
             [(64, 1), (64, 7), (128, 2), (128, 5)].into_iter().filter(|_| arch == "sm_90a")
         {
@@ -157,6 +170,7 @@ fn kernels_compile_without_spills() {
         (Module::Stream, &product, &[("HALVES", 2), ("TILES", 2)]),
         (Module::Strip, &product[..2], &[("X_ROWS", 32), ("UNITS", 5), ("BLOCKS", 2)]),
         (Module::StripShort, &product[..2], &[("X_ROWS", 64), ("UNITS", 3), ("BLOCKS", 1)]),
+        (Module::StripTall, &product[..2], &[("X_ROWS", 128), ("UNITS", 3), ("BLOCKS", 2)]),
         (Module::Wide, &product, &[("STAGES", 10)]),
     ] {
         let defines = [defines, others, &[("RACE_CHECKED", 1)]].concat();

@@ -87,8 +87,12 @@ fn linear_of_large_matrices() {
         // So little of x that a block reads all of it.
         (40, 4104, 1024),
         (64, 6144, 1024),
+        // Small matrices, of which clusters of two and of four divide the rows.
+        (65, 4096, 1024),
+        (100, 1032, 2056),
+        (128, 1024, 3072),
     ];
-    linear_cases("large matrices", &all, &[(17, 5136, 5128), (64, 4104, 1024)]);
+    linear_cases("large matrices", &all, &[(17, 5136, 5128), (64, 4104, 1024), (65, 1032, 2056)]);
 }
 
 fn linear_cases(test: &str, all: &[Product], race_checked_ones: &[Product]) {
@@ -97,7 +101,7 @@ fn linear_cases(test: &str, all: &[Product], race_checked_ones: &[Product]) {
             // Products that two kernels can take are taken by both; the library's are not ours to check.
             let ways: &[_] = match m {
                 _ if race_checked() => &[Products::Own],
-                ..=64 => &[Products::Library, Products::Own],
+                ..=128 => &[Products::Library, Products::Own],
                 _ => &[Products::Library],
             };
             for products in ways {
