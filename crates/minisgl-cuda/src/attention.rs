@@ -1,9 +1,9 @@
 //! Paged attention: decode rows split along their context, the others in tiles of queries.
 
-use minisgl_tensor::{Attention, BackendError, DType, Heads, Result, RopeStore, Tensor};
+use minisgl_tensor::{Attention, DType, Heads, Result, RopeStore, Tensor};
 
 use crate::backend::{CudaBackend, norm_args};
-use crate::choice::{Card, PrefillKernel};
+use crate::choice::{Card, PrefillKernel, check_heads};
 use crate::device::{Launch, address_of};
 use crate::kernels::{Key, Module};
 use crate::tiles::Matrix;
@@ -70,11 +70,7 @@ impl CudaBackend {
             return Ok(());
         }
         let group = heads.q / heads.kv;
-        if heads.dim > 256 || heads.dim % 8 != 0 {
-            return Err(BackendError::Unsupported(
-                format!("head size {} on CUDA", heads.dim).into(),
-            ));
-        }
+        check_heads(heads)?;
         let mut args = Args {
             qkv: qkv.address(),
             k_pages: a.kv.k.address(),

@@ -136,11 +136,23 @@ impl Card {
     }
 }
 
+/// # Errors
+/// If no kernel takes such heads: they load 16 bytes of a head at once.
+pub(crate) fn check_heads(heads: Heads) -> Result<()> {
+    if heads.dim <= 256 && heads.dim.is_multiple_of(8) {
+        return Ok(());
+    }
+    let message = format!("heads of {} on CUDA, which takes multiples of 8 up to 256", heads.dim);
+    Err(BackendError::Unsupported(message.into()))
+}
+
 impl ModelShape {
     /// # Errors
-    /// If kernels were asked for by name that the card, the heads or the pages do not allow.
+    /// If no kernel takes its heads, or kernels were asked for by name that the card, the heads or the pages
+    /// do not allow.
     pub(crate) fn check(&self, card: Card) -> Result<()> {
         let Self { kernels, heads, page_size, .. } = *self;
+        check_heads(heads)?;
         let refuse = |name: &str, needs: &str| {
             let (major, minor) = card.capability;
             let precision = if card.exact { "float32, " } else { "" };
@@ -316,5 +328,9 @@ mod tests {
             assert!(error.contains(&format!("--attn {name} needs")), "{error}");
         }
         assert!(model("wgmma,cascade", 16, 8, 128, 16).check(H200).is_ok());
+        for dim in [12, 264] {
+            let error = model("auto", 16, 8, dim, 16).check(H200).unwrap_err().to_string();
+            assert!(error.contains(&format!("heads of {dim} on CUDA")), "{error}");
+        }
     }
 }

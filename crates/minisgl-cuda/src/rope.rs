@@ -1,8 +1,9 @@
 //! Norm and rotation of Q and K, and the write of K and V into their pages.
 
-use minisgl_tensor::{BackendError, Result, RopeStore, Tensor};
+use minisgl_tensor::{Result, RopeStore, Tensor};
 
 use crate::backend::{CudaBackend, norm_args};
+use crate::choice::check_heads;
 use crate::device::Launch;
 use crate::kernels::Module;
 
@@ -16,11 +17,7 @@ impl CudaBackend {
         qkv: &Tensor,
     ) -> Result<()> {
         let (batch, heads) = (a.batch, a.heads);
-        if heads.dim > 256 || !heads.dim.is_multiple_of(8) {
-            return Err(BackendError::Unsupported(
-                format!("head size {} on CUDA", heads.dim).into(),
-            ));
-        }
+        check_heads(heads)?;
         let tokens = batch.tokens - first;
         if tokens == 0 {
             return Ok(());

@@ -13,7 +13,7 @@ use std::time::Duration;
 use minisgl_cpu::{CpuBackend, CpuOptions};
 use minisgl_cuda::{CudaBackend, CudaOptions};
 use minisgl_engine::{Checkpoint, EngineOptions, KvSize, LocalEngine};
-use minisgl_scheduler::engine::Engine;
+use minisgl_scheduler::engine::{Engine, EngineError};
 use minisgl_scheduler::plan::*;
 use minisgl_scheduler::sampling::SamplingParams;
 use minisgl_tensor::{Alone, Backend, Collective, Precision};
@@ -114,6 +114,10 @@ impl Driver {
     }
 
     fn run(&mut self, rows: Vec<PlanRow>) -> StepResult {
+        self.try_run(rows).unwrap()
+    }
+
+    fn try_run(&mut self, rows: Vec<PlanRow>) -> Result<StepResult, EngineError> {
         let page_updates = rows
             .iter()
             .flat_map(|r| self.pages(r.slot.0, r.cached_len as usize, r.device_len() as usize))
@@ -126,8 +130,8 @@ impl Driver {
             shared_prefixes: vec![],
         };
         self.step += 1;
-        let in_flight = self.engine.launch(Arc::new(plan)).unwrap();
-        self.engine.wait(in_flight).unwrap()
+        let in_flight = self.engine.launch(Arc::new(plan))?;
+        self.engine.wait(in_flight)
     }
 }
 
@@ -257,12 +261,15 @@ fn bf16_stays_within_the_noise_of_the_reference() {
     }
 }
 
+/// What no kernel of a card's takes, which wants multiples of 8.
+const HEADS_OF_12: &str = "qwen2-window";
+
 #[test]
 fn a_card_agrees_with_the_stored_reference() {
     if minisgl_cuda::devices().is_empty() {
         return eprintln!("tiny checkpoints: skipped, no CUDA device on this machine");
     }
-    for name in ALL {
+    for name in ALL.into_iter().filter(|name| *name != HEADS_OF_12) {
         let tiny = Tiny::load(name);
         for (page_size, chunk) in [(1, 64), (16, 64), (16, 5)] {
             let mut driver = Driver { engine: engine(&tiny, page_size, On::Card, 1), step: 0 };
@@ -284,6 +291,17 @@ fn a_card_agrees_with_the_stored_reference() {
             );
         }
     }
+    let tiny = Tiny::load(HEADS_OF_12);
+    let mut driver = Driver { engine: engine(&tiny, 16, On::CardNative, 1), step: 0 };
+    let row = PlanRow {
+        slot: Slot(0),
+        cached_len: 0,
+        extend_len: 3,
+        input: RowInput::Tokens(tiny.prompt[..3].to_vec()),
+        output: RowOutput::Sample(greedy()),
+    };
+    let error = driver.try_run(vec![row]).unwrap_err().to_string();
+    assert!(error.contains("heads of 12 on CUDA"), "{error}");
 }
 
 #[test]
