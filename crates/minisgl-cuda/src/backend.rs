@@ -51,8 +51,8 @@ pub enum Products {
     /// cuBLASLt, whatever the number of rows.
     Library,
     /// Those of up to 16 rows `kernels/stream.cu` or `gemv.cu`, of up to 8 with long rows of weights
-    /// `wide.cu`, of 17 to 64 `narrow.cu`, `strip.cu` (large matrices) or `strip_short.cu` (short rows of weights), each
-    /// where it is faster, and cuBLASLt the others.
+    /// `wide.cu`, of 17 to 64 `narrow.cu`, `strip.cu` (large matrices) or `strip_short.cu` (short rows of weights), of
+    /// 65 to 128 `strip_tall.cu` (small matrices), each where it is faster, and cuBLASLt the others.
     #[default]
     Own,
 }
