@@ -130,6 +130,57 @@ template <int COUNT, int BEGIN = 0, typename X> __device__ __forceinline__ void 
         add_products<COUNT, BEGIN + N>(sums, x, w, accumulate);
     }
 }
+// The whole strip's sums, and of squares of x in rows g and g + 8.
+struct Sums { float d[UNITS * 8], squares[2]; };
+
+// A warpgroup's sums of 64 rows of x from `first_row` on, over the block's TURNth step and every TURNS-th behind it, with
+// x from registers, where Σ x² is had on the way.
+template <int TURNS, int TURN> __device__ __forceinline__ void take(const Args &a, const Part &p, const Rings &s, int first_row, Sums &sums) {
+    u32 even[16], odd[16];
+    Ring ring(a.stages);
+    auto advance = [](Ring &ring) {
+#pragma unroll
+        for (int i = 0; i < TURNS; i++) ring.next();
+    };
+    if (TURN == 1) ring.next();
+    Ring next = ring;
+    // A warp's 16 rows of a step.
+    auto load = [&](u32 (&x)[16]) {
+        int lane = threadIdx.x & 31, row = first_row + threadIdx.x % TEAM / 32 * 16 + lane % 16;
+        barrier_wait(s.full + 8 * next.stage, next.parity);
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+            load_matrices(*(u32 (*)[4])(x + 4 * j), s.x + next.stage * X_BYTES + row * 128 + ((2 * j + lane / 16 ^ row) & 7) * 16);
+        advance(next);
+    };
+    auto multiply = [&](u32 (&x)[16], u32 (&then)[16], int step) {
+        u64 w = factor(s.w + ring.stage * W_BYTES);
+        pin(x), pin(sums.d);
+        products_begin();
+#pragma unroll
+        for (int j = 0; j < 4; j++) add_products<UNITS>(sums.d, (const u32 *)(x + 4 * j), along(w, j * 32), step + j > TURN);
+        products_commit();
+        if (step + TURNS < p.steps) load(then);
+#pragma unroll
+        for (int i = 0; NORM && i < 16; i++) sums.squares[i % 2] += low_half(x[i]) * low_half(x[i]) + high_half(x[i]) * high_half(x[i]);
+        products_wait<0>();
+        pin(x), pin(sums.d);
+        warp_arrives(s.free + 8 * ring.stage);
+        advance(ring);
+    };
+    // Each block has a step.
+    if (TURNS == 1 || TURN < p.steps) load(even);
+    for (int step = TURN; step < p.steps; step += 2 * TURNS) {
+        multiply(even, odd, step);
+        if (step + TURNS < p.steps) multiply(odd, even, step + TURNS);
+    }
+#pragma unroll
+    for (int h = 0; NORM && h < 2; h++) {
+        float &sum = sums.squares[h];
+        sum += __shfl_xor_sync(~0u, sum, 1), sum += __shfl_xor_sync(~0u, sum, 2);
+    }
+}
+
 template <int COUNT> __device__ __forceinline__ void of_unit(float (&sums)[8], const float (&all)[COUNT], int unit) {
 #pragma unroll
     for (int i = 0; i < 8; i++) sums[i] = all[unit * 8 + i];

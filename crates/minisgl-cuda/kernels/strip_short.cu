@@ -12,58 +12,12 @@ static_assert(X_ROWS == 64 && BLOCKS == 1, "each warp of a warpgroup has 16 rows
 // Named barrier of the warpgroups.
 #define MET 1
 
-// The whole strip's sums, and of squares of x in rows g and g + 8.
-struct Sums { float d[UNITS * 8], squares[2]; };
-
-// Over the RANKth and every second step behind it.
-template <int RANK> __device__ __forceinline__ void take(const Args &a, const Part &p, const Rings &s, Sums &sums) {
-    u32 even[16], odd[16];
-    Ring ring(a.stages);
-    auto advance = [](Ring &ring) { ring.next(), ring.next(); };
-    if (RANK == 1) ring.next();
-    Ring next = ring;
-    // A warp's 16 rows of a step.
-    auto load = [&](u32 (&x)[16]) {
-        int lane = threadIdx.x & 31, row = threadIdx.x % TEAM / 32 * 16 + lane % 16;
-        barrier_wait(s.full + 8 * next.stage, next.parity);
-#pragma unroll
-        for (int j = 0; j < 4; j++)
-            load_matrices(*(u32 (*)[4])(x + 4 * j), s.x + next.stage * X_BYTES + row * 128 + ((2 * j + lane / 16 ^ row) & 7) * 16);
-        advance(next);
-    };
-    auto multiply = [&](u32 (&x)[16], u32 (&then)[16], int step) {
-        u64 w = factor(s.w + ring.stage * W_BYTES);
-        pin(x), pin(sums.d);
-        products_begin();
-#pragma unroll
-        for (int j = 0; j < 4; j++) add_products<UNITS>(sums.d, (const u32 *)(x + 4 * j), along(w, j * 32), step + j > RANK);
-        products_commit();
-        if (step + 2 < p.steps) load(then);
-#pragma unroll
-        for (int i = 0; NORM && i < 16; i++) sums.squares[i % 2] += low_half(x[i]) * low_half(x[i]) + high_half(x[i]) * high_half(x[i]);
-        products_wait<0>();
-        pin(x), pin(sums.d);
-        warp_arrives(s.free + 8 * ring.stage);
-        advance(ring);
-    };
-    if (RANK < p.steps) load(even);
-    for (int step = RANK; step < p.steps; step += 4) {
-        multiply(even, odd, step);
-        if (step + 2 < p.steps) multiply(odd, even, step + 2);
-    }
-#pragma unroll
-    for (int h = 0; NORM && h < 2; h++) {
-        float &sum = sums.squares[h];
-        sum += __shfl_xor_sync(~0u, sum, 1), sum += __shfl_xor_sync(~0u, sum, 2);
-    }
-}
-
 // A warpgroup, which stores the RANKth unit and every second behind it.
 template <int RANK> __device__ __forceinline__ void multiply(const Args &a, const Part &p, const Rings &s) {
     // Without values to begin with, ptxas may have products wait for one another.
     Sums all = {};
     wait_for_previous();
-    take<RANK>(a, p, s, all);
+    take<2, RANK>(a, p, s, 0, all);
     // In the rings' place come sums [unit][half of it][thread] 4, and squares like another unit of them.
     auto left = [&](int unit, int half) { return s.x + ((unit * 2 + half) * TEAM + threadIdx.x % TEAM) * 16; };
     // Both have taken their last step.

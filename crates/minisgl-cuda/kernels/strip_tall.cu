@@ -22,48 +22,6 @@ struct Shared : Rings {
     }
 };
 
-// The whole strip's sums over this block's k, and of squares of x in rows g and g + 8.
-struct Sums { float d[UNITS * 8], squares[2]; };
-
-__device__ __forceinline__ void take(const Args &a, const Part &p, const Rings &s, Sums &sums) {
-    u32 even[16], odd[16];
-    Ring ring(a.stages), next(a.stages);
-    // A warp's 16 rows of a step.
-    auto load = [&](u32 (&x)[16]) {
-        int lane = threadIdx.x & 31, row = threadIdx.x / 32 * 16 + lane % 16;
-        barrier_wait(s.full + 8 * next.stage, next.parity);
-#pragma unroll
-        for (int j = 0; j < 4; j++)
-            load_matrices(*(u32 (*)[4])(x + 4 * j), s.x + next.stage * X_BYTES + row * 128 + ((2 * j + lane / 16 ^ row) & 7) * 16);
-        next.next();
-    };
-    auto multiply = [&](u32 (&x)[16], u32 (&then)[16], int step) {
-        u64 w = factor(s.w + ring.stage * W_BYTES);
-        pin(x), pin(sums.d);
-        products_begin();
-#pragma unroll
-        for (int j = 0; j < 4; j++) add_products<UNITS>(sums.d, (const u32 *)(x + 4 * j), along(w, j * 32), step + j > 0);
-        products_commit();
-        if (step + 1 < p.steps) load(then);
-#pragma unroll
-        for (int i = 0; NORM && i < 16; i++) sums.squares[i % 2] += low_half(x[i]) * low_half(x[i]) + high_half(x[i]) * high_half(x[i]);
-        products_wait<0>();
-        pin(x), pin(sums.d);
-        warp_arrives(s.free + 8 * ring.stage);
-        ring.next();
-    };
-    load(even);
-    for (int step = 0; step < p.steps; step += 2) {
-        multiply(even, odd, step);
-        if (step + 1 < p.steps) multiply(odd, even, step + 1);
-    }
-#pragma unroll
-    for (int h = 0; NORM && h < 2; h++) {
-        float &sum = sums.squares[h];
-        sum += __shfl_xor_sync(~0u, sum, 1), sum += __shfl_xor_sync(~0u, sum, 2);
-    }
-}
-
 // Sends each unit's sums to the block of the cluster that stores it, and to all blocks the squares.
 __device__ __forceinline__ void share(const Part &p, const Shared &s, const Sums &all, int row) {
 #pragma unroll
@@ -88,7 +46,7 @@ __device__ __forceinline__ void multiply(const Args &a, const Part &p, const Sha
     // Without values to begin with, ptxas may have products wait for one another.
     Sums all = {};
     wait_for_previous();
-    take(a, p, s, all);
+    take<1, 0>(a, p, s, first_row, all);
     auto corner = [&](int place) { return Corner(p.strip * UNITS + place * BLOCKS + p.rank, first_row); };
     float before[SHARE][8];
 #pragma unroll
