@@ -57,6 +57,11 @@ LOADS = [
     ("1024, 256 at a time, shared prefix", 256, 1024, 800, 100, 128),
 ]
 
+# A kernel's name in its source.
+KERNEL = re.compile(
+    r'extern "C" __global__ void\s+(?:__launch_bounds__\((?:[^()]|\([^()]*\))*\)\s*)?(\w+)\('
+)
+
 # Binaries, and tests of theirs: whose kernels have something in shared memory.
 RACECHECKED = [
     ("ops", "linear_of_few_rows"),
@@ -246,9 +251,11 @@ class Bench:
         self.sanitize("memcheck", [("ops", ""), ("half_layers", "")], 590)
 
     def racecheck(self):
-        # Kernels with names like ours, not the library's. The tool may count a kernel's barriers too low, of
-        # which none has more than 64.
-        flags = ["--kernel-name", "regex=^[a-z0-9_]+$", "--num-cuda-barriers", "64"]
+        # Our kernels, not the library's. The tool may count a kernel's barriers too low, of which none has
+        # more than 64.
+        files = (ROOT / "crates" / "minisgl-cuda" / "kernels").glob("*.cu")
+        names = sorted({name for file in files for name in KERNEL.findall(file.read_text())})
+        flags = ["--kernel-name", f"regex=^({'|'.join(names)})$", "--num-cuda-barriers", "64"]
         wanted = self.args.cases
         tests = [test for test in RACECHECKED if not wanted or test[1] in wanted]
         if not tests:

@@ -69,8 +69,8 @@ const BLOCK_PLAN_BYTES: usize = 64;
 const PLACES_BYTES: usize = 32 * 4;
 /// A product has so many rows: a group has no more heads.
 const GROUP_MAX: usize = 16;
-/// Tiles on their way, one for each warp where heads have 128 dimensions. With two attention alone takes 2% less, but steps
-/// of 64 and 128 rows 0.7% more: blocks of the kernel behind find no room beside them (h200-operations.md).
+/// Tiles on their way, one for each warp where heads have 128 dimensions. With two, attention alone takes 2% less, but steps
+/// of 64 and 128 rows 0.3% to 0.6% more (h200-operations.md).
 const TILE_BYTES: usize = 64 << 10;
 /// What a block can have, less what the kernel has of its own.
 const SHARED_BYTES: usize = 217 << 10;

@@ -42,6 +42,9 @@ const TALL_UNITS_MAX: usize = 8;
 const BLOCKS: [usize; 3] = [1, 2, 4];
 /// Shared memory of a block, which has a multiprocessor for itself, without the kernel's barriers and squares.
 const SHARED_BYTES: usize = 225 << 10;
+/// Of a block in all, and what `strip_tall.cu` has beside that and its squares.
+const BLOCK_BYTES: usize = 227 << 10;
+const BARRIER_BYTES: usize = 512;
 /// The same of `strip_short.cu`: beside a block there is room for one of `narrow.cu`, but not for a second of its own,
 /// lest another multiprocessor have none.
 const SHORT_SHARED_BYTES: usize = 116_000;
@@ -82,11 +85,18 @@ pub(crate) struct Division {
 }
 
 impl Division {
-    /// `None` where neither kernel takes such a product, or is not known to be faster than cuBLASLt.
-    fn new(x_rows: usize, w_rows: usize, k: usize, multiprocessors: usize) -> Option<Self> {
+    /// `None` where no kernel takes such a product, or is not known to be faster than cuBLASLt.
+    fn new(
+        x_rows: usize,
+        w_rows: usize,
+        k: usize,
+        gated: bool,
+        multiprocessors: usize,
+    ) -> Option<Self> {
         let rows = ROWS.into_iter().find(|rows| x_rows <= *rows)?;
         if rows == ROWS[2] {
-            let takes = TALL_ELEMENTS.contains(&(w_rows * k)) && TALL_ROWS.contains(&k);
+            let elements = w_rows * k;
+            let takes = !gated && TALL_ELEMENTS.contains(&elements) && TALL_ROWS.contains(&k);
             return takes.then(|| Self::tall(w_rows, k, multiprocessors)).flatten();
         }
         let by_clusters = |blocks| Self::by_clusters(blocks, rows, w_rows, multiprocessors);
@@ -153,7 +163,9 @@ impl Division {
         }
         let received = blocks * units.div_ceil(blocks) * 2 * THREADS * 16;
         let step_bytes = (units * UNIT + ROWS[2]) * STEP * 2;
-        let stages = ((SHARED_BYTES - 1024 - received) / step_bytes).min(STAGES_MAX);
+        let squares = blocks * ROWS[2] * 4;
+        let room = BLOCK_BYTES - BARRIER_BYTES - squares - 1024 - received;
+        let stages = (room / step_bytes).min(STAGES_MAX);
         Some(Self {
             rows: ROWS[2],
             units,
@@ -183,7 +195,8 @@ impl CudaBackend {
             && k.is_multiple_of(8)
             && out.row_len().is_multiple_of(8)
             && out.dtype() == DType::BF16;
-        can.then(|| Division::new(rows, w_rows, k, self.device.multiprocessors)).flatten()
+        let gated = out.row_len() < w_rows;
+        can.then(|| Division::new(rows, w_rows, k, gated, self.device.multiprocessors)).flatten()
     }
 
     /// As `Backend::linear` and `gated_linear`.
@@ -253,7 +266,7 @@ pub(crate) fn strip_variants(
     multiprocessors: usize,
 ) -> impl Iterator<Item = Key> {
     products.iter().flat_map(move |&(w_rows, k, gated, norm)| {
-        let division = move |rows| Division::new(rows, w_rows, k, multiprocessors);
+        let division = move |rows| Division::new(rows, w_rows, k, gated, multiprocessors);
         let key = move |d: Division| (d.module, variant(&d, gated, norm));
         ROWS.into_iter().filter_map(division).map(key)
     })
@@ -276,7 +289,7 @@ mod tests {
                 (5128, 8200),
                 (4096, 4096),
             ] {
-                let d = Division::new(x_rows, w_rows, k, MULTIPROCESSORS).unwrap();
+                let d = Division::new(x_rows, w_rows, k, false, MULTIPROCESSORS).unwrap();
                 let what = format!("{x_rows} × {w_rows} × {k}: {d:?}");
                 assert!(d.rows >= x_rows && (2..=UNITS_MAX).contains(&d.units), "{what}");
                 assert!(d.stages >= 3 && d.shared <= SHARED_BYTES, "{what}");
@@ -289,20 +302,20 @@ mod tests {
     #[test]
     fn short_rows_have_stages_for_both_warpgroups_and_room_for_their_sums() {
         for (x_rows, w_rows) in [(33, 4096), (64, 6144), (40, 4104), (64, 16384)] {
-            let d = Division::new(x_rows, w_rows, SHORT_ROW, MULTIPROCESSORS).unwrap();
+            let d = Division::new(x_rows, w_rows, SHORT_ROW, false, MULTIPROCESSORS).unwrap();
             assert_eq!((d.module, d.rows, d.blocks), (Module::StripShort, 64, 1), "{d:?}");
             // Each warpgroup waits for its next step before it leaves the one that it has.
             assert!(d.stages >= 4 && d.stages.is_multiple_of(2), "{d:?}");
             assert!(d.clusters <= MULTIPROCESSORS && d.clusters * d.units * UNIT >= w_rows);
             assert!(1024 + (d.units + 1) * 2 * 128 * 16 <= d.shared, "{d:?}");
         }
-        assert_eq!(Division::new(64, 20000, SHORT_ROW, MULTIPROCESSORS), None);
+        assert_eq!(Division::new(64, 20000, SHORT_ROW, false, MULTIPROCESSORS), None);
     }
 
     #[test]
     fn strips_are_as_high_as_they_must_be() {
         let of = |x_rows, w_rows, k| {
-            let d = Division::new(x_rows, w_rows, k, MULTIPROCESSORS)?;
+            let d = Division::new(x_rows, w_rows, k, false, MULTIPROCESSORS)?;
             Some((d.units, d.blocks, d.clusters))
         };
         // Qwen3-14B's gate and up, qkv, down.
@@ -331,16 +344,26 @@ mod tests {
 
     #[test]
     fn tall_ones_have_room_for_what_they_are_sent() {
-        for (w_rows, k) in [(4096, 1024), (2048, 1024), (1024, 3072), (1032, 2056)] {
-            let d = Division::new(100, w_rows, k, MULTIPROCESSORS).unwrap();
+        for (w_rows, k) in [(4096, 1024), (2048, 1024), (1024, 3072), (1032, 2056), (1536, 2048)] {
+            let d = Division::new(100, w_rows, k, false, MULTIPROCESSORS).unwrap();
             assert_eq!((d.module, d.rows), (Module::StripTall, 128), "{d:?}");
             // Each warpgroup waits for its next step before it leaves the one that it has; each block has such a step.
             assert!(d.stages >= 2 && k / STEP / d.blocks >= 2, "{d:?}");
             let rings = 1024 + d.stages * (d.units * UNIT + d.rows) * STEP * 2;
             let sums = d.blocks * d.units.div_ceil(d.blocks) * UNIT * d.rows * 4;
-            assert!(rings + sums <= d.shared && d.shared <= SHARED_BYTES, "{d:?}");
+            assert!(rings + sums <= d.shared, "{d:?}");
+            // Beside the kernel's own barriers and squares.
+            let own = (2 * STAGES_MAX + 1) * 8 + d.blocks * d.rows * 4;
+            assert!(d.shared + own <= 227 << 10, "{d:?}");
             assert!(d.clusters * d.blocks <= MULTIPROCESSORS, "{d:?}");
         }
+    }
+
+    #[test]
+    fn gated_products_of_more_rows_are_left_to_cublaslt() {
+        // Qwen3-0.6B's gate and up over two ranks.
+        assert!(Division::new(100, 3072, 1024, false, MULTIPROCESSORS).is_some());
+        assert_eq!(Division::new(100, 3072, 1024, true, MULTIPROCESSORS), None);
     }
 
     #[test]
@@ -362,7 +385,7 @@ mod tests {
             (64, 1024, 32768),
             (64, 51200, 5120),
         ] {
-            assert_eq!(Division::new(x_rows, w_rows, k, MULTIPROCESSORS), None);
+            assert_eq!(Division::new(x_rows, w_rows, k, false, MULTIPROCESSORS), None);
         }
     }
 }

@@ -11,8 +11,8 @@ use crate::device::driver;
 /// As `TensorMap` in `kernels/hopper.cuh`.
 pub(crate) type TensorMap = sys::CUtensorMap;
 
-/// What L2 reads at least.
-const LINES: P = P::CU_TENSOR_MAP_L2_PROMOTION_L2_256B;
+/// Bytes that L2 reads at least, where a box is asked for.
+const L2_PROMOTION: P = P::CU_TENSOR_MAP_L2_PROMOTION_L2_256B;
 
 /// A matrix of bf16 that is read in boxes of 64 columns.
 pub(crate) struct Matrix {
@@ -25,7 +25,7 @@ pub(crate) struct Matrix {
 impl Matrix {
     /// Boxes land in shared memory as rows of 128 bytes in the 128-byte swizzle.
     pub(crate) fn map(&self) -> Result<TensorMap> {
-        self.encode(&[self.cols, self.rows], &[self.cols * 2], &[64, self.box_rows], LINES)
+        self.encode(&[self.cols, self.rows], &[self.cols * 2], &[64, self.box_rows], L2_PROMOTION)
     }
 
     /// A box is all columns of its rows: parts of 64 columns behind one another, each as `map`'s. L2 reads no more than it
@@ -44,7 +44,7 @@ impl Matrix {
             &[self.cols, 8, halves, half / 8],
             &[row, half * row, 8 * row],
             &[64, 8, halves, self.box_rows / 8 / halves],
-            LINES,
+            L2_PROMOTION,
         )
     }
 

@@ -32,7 +32,7 @@ const PROGRAMS: [(&str, &[(&str, i32)]); 15] = [
 
 /// What `strip.cpp` is specialised by, and in what ways.
 const STRIP: [&str; 7] = ["SHORT", "X_ROWS", "UNITS", "BLOCKS", "GATED", "NORM", "RACE_CHECKED"];
-const STRIPS: [[i32; 7]; 14] = [
+const STRIPS: [[i32; 7]; 15] = [
     [0, 32, 9, 1, 0, 0, 0],
     [0, 32, 3, 2, 1, 1, 0],
     [0, 64, 7, 2, 0, 1, 0],
@@ -45,7 +45,8 @@ const STRIPS: [[i32; 7]; 14] = [
     [1, 64, 7, 1, 0, 0, 0],
     [1, 64, 3, 1, 1, 1, 1],
     [0, 128, 4, 2, 1, 1, 0],
-    [0, 128, 3, 4, 0, 0, 0],
+    [0, 128, 5, 4, 0, 0, 0],
+    [0, 128, 3, 4, 0, 1, 0],
     [0, 128, 3, 2, 0, 1, 1],
 ];
 

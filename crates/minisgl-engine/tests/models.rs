@@ -291,6 +291,7 @@ fn a_card_agrees_with_the_stored_reference() {
             );
         }
     }
+    // In the first step, as this backend was not told of the model; the program tells it, and is refused at its start.
     let tiny = Tiny::load(HEADS_OF_12);
     let mut driver = Driver { engine: engine(&tiny, 16, On::CardNative, 1), step: 0 };
     let row = PlanRow {

@@ -10,8 +10,8 @@ use minisgl_scheduler::sampling::SamplingParams;
 use minisgl_text::ChatRequest;
 use serde_json::Value;
 
-use crate::options::{Device, Dtype, RuntimeOptions, SchedulePolicy};
-use crate::runtime::{Runtime, scheduler_options};
+use crate::options::{Device, Dtype, RuntimeOptions};
+use crate::runtime::Runtime;
 
 /// A model that answers prompts, many at once.
 ///
@@ -71,9 +71,7 @@ impl LlmBuilder {
     /// # Errors
     /// If the model cannot be had, is not what it says, or does not fit.
     pub fn build(self) -> Result<Llm> {
-        // A call's prompts are there at once.
-        let scheduler = scheduler_options(&self.options, SchedulePolicy::Lof)?;
-        Ok(Llm { runtime: Runtime::start_with(&self.options, scheduler)? })
+        Ok(Llm { runtime: Runtime::start(&self.options)? })
     }
 }
 

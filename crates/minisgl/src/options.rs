@@ -111,10 +111,9 @@ pub struct RuntimeOptions {
 
     /// Which waiting request runs next: fcfs as they came, or lof, the one that may generate the most
     /// tokens, which ends a batch of requests of many lengths sooner; on a server, short ones may
-    /// wait for as long as longer ones come [default: lof where all requests are there at once, else
-    /// fcfs]
-    #[arg(long, value_enum, help_heading = "Scheduling")]
-    pub schedule_policy: Option<SchedulePolicy>,
+    /// wait for as long as longer ones come
+    #[arg(long, value_enum, default_value_t, help_heading = "Scheduling")]
+    pub schedule_policy: SchedulePolicy,
 
     /// Plan a step only when the last one has ended, to see what overlapping them gains
     #[arg(long, help_heading = "Scheduling")]

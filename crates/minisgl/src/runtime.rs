@@ -11,7 +11,7 @@ use minisgl_scheduler::stats::StepObserver;
 use minisgl_text::{GgufTokenType, GgufVocab, TextModel};
 
 use crate::devices::LoadedEngine;
-use crate::options::{RuntimeOptions, SchedulePolicy};
+use crate::options::RuntimeOptions;
 use crate::trace::Trace;
 
 /// A running model.
@@ -32,7 +32,7 @@ impl Runtime {
     /// # Errors
     /// If the model cannot be had, is not what it says, or does not fit.
     pub fn start(options: &RuntimeOptions) -> Result<Self> {
-        Self::start_with(options, scheduler_options(options, SchedulePolicy::Fcfs)?)
+        Self::start_with(options, scheduler_options(options)?)
     }
 
     /// As `start`, with more said about scheduling.
@@ -58,21 +58,18 @@ impl Runtime {
     }
 }
 
-/// What the options say about scheduling; `policy` where they say nothing of one.
+/// What the options say about scheduling.
 ///
 /// # Errors
 /// If the trace cannot be written.
-pub fn scheduler_options(
-    options: &RuntimeOptions,
-    policy: SchedulePolicy,
-) -> Result<SchedulerOptions> {
+pub fn scheduler_options(options: &RuntimeOptions) -> Result<SchedulerOptions> {
     let observer = match &options.trace {
         Some(path) => Some(Arc::new(Trace::create(path)?) as Arc<dyn StepObserver>),
         None => None,
     };
     Ok(SchedulerOptions {
         cache: options.cache_type.into(),
-        policy: options.schedule_policy.unwrap_or(policy).into(),
+        policy: options.schedule_policy.into(),
         mixed_tokens_max: options.max_mixed_tokens,
         overlap: !options.disable_overlap,
         observer,

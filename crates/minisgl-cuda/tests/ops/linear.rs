@@ -90,6 +90,7 @@ fn linear_of_large_matrices() {
         // Small matrices, of which clusters of two and of four divide the rows.
         (65, 4096, 1024),
         (100, 1032, 2056),
+        (77, 1536, 2048),
         (128, 1024, 3072),
     ];
     linear_cases("large matrices", &all, &[(17, 5136, 5128), (64, 4104, 1024), (65, 1032, 2056)]);

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
 use clap::Args;
-use minisgl::options::{RuntimeOptions, SchedulePolicy};
+use minisgl::options::RuntimeOptions;
 use minisgl::runtime::{Runtime, scheduler_options};
 use minisgl_server::{ServerOptions, serve};
 use tokio::net::TcpSocket;
@@ -80,7 +80,7 @@ impl ServeArgs {
         allow_files();
         // A port in use shows before the model is loaded; nobody can connect until it is.
         let socket = self.bind()?;
-        let mut scheduler = scheduler_options(&self.runtime, SchedulePolicy::Fcfs)?;
+        let mut scheduler = scheduler_options(&self.runtime)?;
         scheduler.waiting_max = self.max_queued_requests;
         let model = Runtime::start_with(&self.runtime, scheduler)?;
         let threads = tokio::runtime::Builder::new_multi_thread()

@@ -8,7 +8,7 @@ use anyhow::Result;
 use clap::Args;
 use minisgl::bench::{OfflineResult, Workload, WorkloadSpec, run_offline};
 use minisgl::devices::LoadedEngine;
-use minisgl::options::{RuntimeOptions, SchedulePolicy};
+use minisgl::options::RuntimeOptions;
 use minisgl::runtime::scheduler_options;
 use minisgl_engine::Checkpoint;
 use minisgl_scheduler::engine::Engine;
@@ -68,7 +68,7 @@ impl OfflineArgs {
             ignore_eos: true,
             ..SamplingParams::default()
         };
-        let mut options = scheduler_options(&self.runtime, SchedulePolicy::Lof)?;
+        let mut options = scheduler_options(&self.runtime)?;
         options.waiting_max = options.waiting_max.max(self.num_seqs);
         let progress = progress_bar(workload.output_tokens() as u64);
         let result = run_offline(loaded.engine, options, &workload, &sampling, |tokens| {
