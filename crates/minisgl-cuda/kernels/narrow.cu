@@ -200,10 +200,8 @@ __device__ __forceinline__ void receive(const Args &a, const Part &p, const Shar
         if (j + 1 < groups) before = Corner(tile, group0 + j + 1).before(a);
         float4 total = make_float4(0, 0, 0, 0);
         for (int from = 0; from < a.blocks; from++) {
-            float4 x;
-            asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
-                         : "r"(s.sums + ((from * p.share + j) * THREADS + threadIdx.x) * 16) : "memory");
-            total.x += x.x, total.y += x.y, total.z += x.z, total.w += x.w;
+            uint4 x = load_shared_16(s.sums + ((from * p.share + j) * THREADS + threadIdx.x) * 16);
+            total.x += __uint_as_float(x.x), total.y += __uint_as_float(x.y), total.z += __uint_as_float(x.z), total.w += __uint_as_float(x.w);
         }
         corner.store(a, total, now, s.factors);
     }

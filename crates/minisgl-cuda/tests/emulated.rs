@@ -12,7 +12,7 @@ use rayon::prelude::*;
 const SEEDS: [&str; 4] = ["1", "2", "3", "4"];
 
 /// Programs of `emulator`, and what the kernel is specialised by.
-const PROGRAMS: [(&str, &[(&str, i32)]); 15] = [
+const PROGRAMS: [(&str, &[(&str, i32)]); 22] = [
     ("attend", &[("DIM", 128), ("GROUP", 2), ("SECOND", 2), ("LATE", 32)]),
     ("attend", &[("DIM", 128), ("GROUP", 2), ("SECOND", 8), ("LATE", 18)]),
     ("attend", &[("DIM", 64), ("GROUP", 12), ("SECOND", 2), ("LATE", 0)]),
@@ -20,12 +20,19 @@ const PROGRAMS: [(&str, &[(&str, i32)]); 15] = [
     ("decode", &[("DIM", 64), ("GROUP", 4), ("SOFT_CAP", 1), ("CASCADE", 1)]),
     ("mlp", &[("CLUSTER", 8), ("FIRST", 2), ("SECOND", 3)]),
     ("mlp", &[("CLUSTER", 8), ("FIRST", 3), ("SECOND", 8)]),
+    ("narrow", &[("ROWS", 32), ("GROUPS", 1), ("GATED", 0), ("NORM", 1)]),
+    ("narrow", &[("ROWS", 64), ("GROUPS", 1), ("GATED", 0), ("NORM", 0)]),
+    ("narrow", &[("ROWS", 32), ("GROUPS", 2), ("GATED", 1), ("NORM", 1)]),
     ("prefill", &[("DIM", 128), ("GROUP", 2), ("SOFT_CAP", 0)]),
     ("prefill", &[("DIM", 64), ("GROUP", 3), ("SOFT_CAP", 1)]),
+    ("stream", &[("HALVES", 1), ("TILES", 1), ("GATED", 0), ("NORM", 0), ("OUT_F32", 0)]),
+    ("stream", &[("HALVES", 1), ("TILES", 2), ("GATED", 1), ("NORM", 1), ("OUT_F32", 0)]),
+    ("stream", &[("HALVES", 2), ("TILES", 1), ("GATED", 0), ("NORM", 1), ("OUT_F32", 1)]),
     ("wide", &[("STAGES", 8), ("NORM", 0), ("GATED", 0), ("OUT_F32", 1)]),
     ("wide", &[("STAGES", 12), ("NORM", 1), ("GATED", 0), ("OUT_F32", 0)]),
     ("wide", &[("STAGES", 10), ("NORM", 1), ("GATED", 1), ("OUT_F32", 0)]),
     ("decode", &[("DIM", 64), ("GROUP", 4), ("SOFT_CAP", 1), ("CASCADE", 0), ("RACE_CHECKED", 1)]),
+    ("narrow", &[("ROWS", 32), ("GROUPS", 1), ("GATED", 1), ("NORM", 1), ("RACE_CHECKED", 1)]),
     ("prefill", &[("DIM", 64), ("GROUP", 2), ("SOFT_CAP", 0), ("RACE_CHECKED", 1)]),
     ("wide", &[("STAGES", 8), ("NORM", 1), ("GATED", 0), ("OUT_F32", 0), ("RACE_CHECKED", 1)]),
 ];
