@@ -169,7 +169,6 @@ strip(const __grid_constant__ TensorMap upper, const __grid_constant__ TensorMap
     if (BLOCKS > 1) cluster_arrive();
     if (threadIdx.x >= THREADS - 32) {
         if (threadIdx.x == THREADS - 32) {
-            prefetch_map(x);
             fetch(a, upper, lower, x, p, s);
             // If the next kernel's copies came before these, memory would rest later, when it waits for this one's results.
             let_next_start();

@@ -53,6 +53,7 @@ struct Rings {
 // One thread's: all copies. `upper`, `lower`: boxes of the first units and of the others. Blocks begin at different steps, so
 // that they do not all ask for the same lines of x at once.
 __device__ __forceinline__ void fetch(const Args &a, const TensorMap &upper, const TensorMap &lower, const TensorMap &x, const Part &p, const Rings &s) {
+    prefetch_map(x);
     auto fetch_w = [&](u32 stage, int step) {
         u32 barrier = s.full + 8 * stage, to = s.w + stage * W_BYTES;
         int k = (p.first + step) * STEP, unit = p.strip * UNITS;

@@ -62,12 +62,8 @@ strip_short(const __grid_constant__ TensorMap upper, const __grid_constant__ Ten
     }
     __syncthreads();
     if (threadIdx.x >= 2 * TEAM) {
-        if (threadIdx.x == 2 * TEAM) {
-            prefetch_map(x);
-            fetch(a, upper, lower, x, p, s);
-        } else {
-            wait_for_previous();
-        }
+        if (threadIdx.x == 2 * TEAM) fetch(a, upper, lower, x, p, s);
+        else wait_for_previous();
         return;
     }
     if (threadIdx.x < TEAM) multiply<0>(a, p, s);

@@ -90,12 +90,8 @@ strip_tall(const __grid_constant__ TensorMap upper, const __grid_constant__ Tens
     __syncthreads();
     cluster_arrive();
     if (threadIdx.x >= 2 * TEAM) {
-        if (threadIdx.x == 2 * TEAM) {
-            prefetch_map(x);
-            fetch(a, upper, lower, x, p, s);
-        } else {
-            wait_for_previous();
-        }
+        if (threadIdx.x == 2 * TEAM) fetch(a, upper, lower, x, p, s);
+        else wait_for_previous();
         return;
     }
     multiply(a, p, s);

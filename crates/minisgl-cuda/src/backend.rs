@@ -80,8 +80,8 @@ impl CudaBackend {
     /// Opens a card and compiles (or finds) the kernels that every model needs.
     ///
     /// # Errors
-    /// If the driver, NVRTC or cuBLASLt is missing, the card is, or it is older than 8.0; or if
-    /// attention kernels were asked for by name that cannot run here.
+    /// If the driver, NVRTC or cuBLASLt is missing, the card is, or it is older than 8.0; or if no kernel
+    /// takes the model's heads, or attention kernels were asked for by name that cannot run here.
     pub fn new(options: CudaOptions) -> Result<Self> {
         let started = Instant::now();
         let device = Arc::new(Device::open(options.device)?);

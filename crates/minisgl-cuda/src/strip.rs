@@ -25,7 +25,7 @@ const SHORT_UNITS_MAX: usize = 8;
 /// What `strip_tall.cu` was measured with, Qwen3-0.6B's o, down and qkv. With its gate and up cuBLASLt was faster.
 const TALL_ELEMENTS: RangeInclusive<usize> = 2 << 20..=4 << 20;
 const TALL_ROWS: RangeInclusive<usize> = 1024..=3072;
-/// Elements of k of a block, where it is one of two to four.
+/// Elements of k that a block of a cluster has, or somewhat more: clusters have two blocks or four.
 const TALL_STEP: usize = 512;
 /// As in the kernel: rows of w in a unit, elements of k in a step, threads that multiply and that gather squares,
 /// and the most stages.
@@ -42,12 +42,13 @@ const TALL_UNITS_MAX: usize = 8;
 const BLOCKS: [usize; 3] = [1, 2, 4];
 /// Shared memory of a block, which has a multiprocessor for itself, without the kernel's barriers and squares.
 const SHARED_BYTES: usize = 225 << 10;
-/// Of a block in all, and what `strip_tall.cu` has beside that and its squares.
-const BLOCK_BYTES: usize = 227 << 10;
-const BARRIER_BYTES: usize = 512;
 /// The same of `strip_short.cu`: beside a block there is room for one of `narrow.cu`, but not for a second of its own,
 /// lest another multiprocessor have none.
 const SHORT_SHARED_BYTES: usize = 116_000;
+/// What a block can have in all, and room for the barriers of `strip_tall.cu`, whose squares take more than `SHARED_BYTES`
+/// leaves.
+const BLOCK_BYTES: usize = 227 << 10;
+const BARRIER_BYTES: usize = 512;
 /// Bytes of w on their way to a block. A step of 64 rows of Qwen3-14B took 9.27 ms with so many, 9.34 with
 /// 100 KiB, 9.29 with 140 and 9.46 with as many as there is room for, all before L2 was told to let go of them first
 /// (h200-operations.md).
