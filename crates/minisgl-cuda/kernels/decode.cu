@@ -304,8 +304,7 @@ __device__ __forceinline__ Segment sum_all(const Args &a, const Work &work, cons
 extern "C" __global__ void __launch_bounds__(PLANNED) plan(const Args a) {
     __shared__ Entry entries[ENTRIES_MAX + 1];
     let_next_start();
-    // In a graph, page table and lengths are older than all its kernels.
-    if (!a.early) wait_for_previous();
+    if (a.wait != WAIT_FETCHING) wait_for_previous();
     Work work = divide(a, entries);
     int place = find(a, work, threadIdx.x / 32 + (threadIdx.x & 31) * FETCHERS);
     // Kernels in front may still read the last plan.
@@ -335,8 +334,9 @@ decode(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
     float *sums = (float *)(behind + 2 * 8 * HALVES * Q_STRIDE * 2);
     Shared shared = {q, sums, tops, barriers, barriers + 16, barriers + 24};
     Ring ring = {tiles, barriers + 32, barriers + 32 + 8 * a.stages, a.stages};
-    // In a graph, the plan is there, and page table and lengths are older than all its kernels.
-    if (!a.early) wait_for_previous();
+    if (a.wait == WAIT_FIRST) wait_for_previous();
+    // What this multiprocessor still has in L1 may be older.
+    if (a.wait == WAIT_LAST) __threadfence();
     const BlockPlan *plan = a.plan + blockIdx.x;
     int place = fetches ? __ldcg(plan->places + threadIdx.x - 32 * WARPS) : 0;
     Work work = {load_planned(&plan->share), entries};
@@ -345,15 +345,17 @@ decode(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
     bool has_any = work.tiles() > 0;
     if (has_any && fetches) fetch_all(a, work, place, k_map, v_map, ring, warp - WARPS);
     else if (has_any && warp >= WARPS) read_entries(a, work, entries);
-    wait_for_previous();
-    if (!has_any || fetches) return;
-    if (warp < WARPS) {
-        prepare_q(a, s, q);
-    } else if ((threadIdx.x & 31) == 0) {
-        barrier_init(shared.q_full, ARRIVALS(WARPS)), barrier_init(shared.q_full + 8, ARRIVALS(WARPS));
-        barrier_init(shared.sums_full, ARRIVALS(WARPS)), barrier_init(shared.sums_free, ARRIVALS(1));
+    if (a.wait != WAIT_LAST) wait_for_previous();
+    if (has_any && !fetches) {
+        if (warp < WARPS) {
+            prepare_q(a, s, q);
+        } else if ((threadIdx.x & 31) == 0) {
+            barrier_init(shared.q_full, ARRIVALS(WARPS)), barrier_init(shared.q_full + 8, ARRIVALS(WARPS));
+            barrier_init(shared.sums_full, ARRIVALS(WARPS)), barrier_init(shared.sums_free, ARRIVALS(1));
+        }
+        named_barrier(READY, blockDim.x);
+        if (warp < WARPS) s = sum_all(a, work, shared, ring, s);
+        merge_all(a, work, shared, s);
     }
-    named_barrier(READY, blockDim.x);
-    if (warp < WARPS) s = sum_all(a, work, shared, ring, s);
-    merge_all(a, work, shared, s);
+    if (a.wait == WAIT_LAST) wait_for_previous();
 }

@@ -28,6 +28,12 @@
 // A head's sums in `partial`: with its best score and its sum of weights behind them.
 #define PARTIAL_STRIDE (DIM + 4)
 
+// When `decode` waits for the kernel in front. In a graph, its plan, page table and lengths are older than all of the
+// layer: it fetches before that. Outside of one, the kernel that writes the page table may be close in front. Behind the
+// prefill of a step's other rows, which let it start when all that is older was done, it waits as it ends: the
+// next kernel comes after both.
+enum Wait { WAIT_FIRST, WAIT_FETCHING, WAIT_LAST };
+
 struct BlockPlan;
 struct Entry;
 struct Args {
@@ -38,7 +44,7 @@ struct Args {
     int *arrived;          // [entries, kv_heads, 16]: parts of a head that are there
     BlockPlan *plan;       // [blocks]
     Entry *entries;        // [entries + 1]
-    int rows, pages_a_row, page_shift, q_heads, kv_heads, stages, window, early;
+    int rows, pages_a_row, page_shift, q_heads, kv_heads, stages, window; Wait wait;
     float q_eps, q_shift, k_eps, k_shift, scale, soft_cap;
 #if CASCADE
     const int *lot_rows;   // [lots, lot_size], -1 behind a lot's rows

@@ -424,7 +424,6 @@ prefill(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorM
     __shared__ u64 barriers[2 * (2 * ITEM_STAGES + K_STAGES + V_STAGES)];
     __shared__ Item handed_out[ITEM_STAGES];
     __shared__ __align__(16) float q_weight[DIM];
-    let_next_start();
     Shared shared;
     shared.handed_out = handed_out, shared.q_weight = q_weight;
     shared.q = (shared_address(memory) + 1023) / 1024 * 1024;
@@ -439,6 +438,8 @@ prefill(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorM
     if (threadIdx.x < DIM) q_weight[threadIdx.x] = rotation.weight ? rotation.weight[threadIdx.x] + rotation.shift : 1.f;
     __syncthreads();
     wait_for_previous();
+    // In this order: decodes behind it only wait for what it has waited for.
+    let_next_start();
     int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
     if (warpgroup == 2) {
         leave_registers<REGISTERS_FETCHING>();

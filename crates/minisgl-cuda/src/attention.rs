@@ -45,14 +45,20 @@ impl CudaBackend {
         out: &Tensor,
     ) -> Result<()> {
         let decode_rows = if self.takes_decode(a) { a.batch.decode_rows } else { 0 };
-        if decode_rows > 0 {
-            self.decode(store, a, qkv, out)?;
-        }
         // Where one kernel takes all other rows, it rotates their Q as it fetches it.
-        let rotates_q = self.prefills_from(decode_rows, a);
+        let rotates_q = decode_rows < a.batch.rows && self.prefills_from(decode_rows, a);
+        let planned = (decode_rows > 0)
+            .then(|| self.plan_decode(store, a, qkv, out, rotates_q))
+            .transpose()?;
+        let decode = || planned.iter().try_for_each(|planned| self.decode(planned));
+        if !rotates_q {
+            decode()?;
+        }
         let first_head = if rotates_q { a.heads.q } else { 0 };
         self.rope_store_op(store, decode_rows, first_head, qkv)?;
-        self.attention_from(decode_rows, a, rotates_q.then_some(store), qkv, out)
+        self.attention_from(decode_rows, a, rotates_q.then_some(store), qkv, out)?;
+        // Prompts that only fill a step up keep few multiprocessors busy, and compute where decodes read memory.
+        if rotates_q { decode() } else { Ok(()) }
     }
 
     /// Attention of the rows from `first_row` on. Their Q is rotated already, or `kernels/prefill.cu` takes

@@ -7,8 +7,9 @@ use minisgl_tensor::{Attention, DType, Heads, Result, RopeStore, Tensor};
 use crate::attention::page_matrix;
 use crate::backend::{CudaBackend, norm_args};
 use crate::choice::{Card, DecodeKernel};
-use crate::device::{Launch, Start, address_of, fail};
+use crate::device::{Function, Launch, Start, address_of, fail};
 use crate::kernels::{Key, Module};
+use crate::tiles::TensorMap;
 
 /// As `Args` in `kernels/decode.cu`.
 #[repr(C)]
@@ -35,7 +36,7 @@ struct Args {
     kv_heads: i32,
     stages: i32,
     window: i32,
-    early: i32,
+    wait: Wait,
     q_eps: f32,
     q_shift: f32,
     k_eps: f32,
@@ -56,6 +57,15 @@ struct Lots {
     joined: u64,
     count: i32,
     size: i32,
+}
+
+/// As in `kernels/decode_work.cuh`.
+#[repr(i32)]
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Wait {
+    First,
+    Fetching,
+    Last,
 }
 
 /// As in `kernels/decode.cu`.
@@ -95,6 +105,15 @@ impl Block {
         let fetchers = if capability.0 < 10 { 2 } else { 1 };
         (stages > 0).then_some(Self { warps, fetchers, stages, shared: stages * stage + behind })
     }
+}
+
+/// A launch of `decode` behind its plan.
+pub(crate) struct PlannedDecode {
+    function: Function,
+    maps: [TensorMap; 2],
+    shape: Launch,
+    start: Start,
+    args: Args,
 }
 
 /// What a plan depends on: all that `divide` and `find` in `kernels/decode_work.cuh` read.
@@ -251,14 +270,16 @@ impl CudaBackend {
         }))
     }
 
-    /// The first `decode_rows` rows of a step, each of one token.
-    pub(crate) fn decode(
+    /// The first `decode_rows` rows of a step, each of one token: plans how they are divided, where that is still to be
+    /// done. With `beside_prefill`, `kernels/prefill.cu` is enqueued in between.
+    pub(crate) fn plan_decode(
         &self,
         store: &RopeStore<'_>,
         a: &Attention<'_>,
         qkv: &Tensor,
         out: &Tensor,
-    ) -> Result<()> {
+        beside_prefill: bool,
+    ) -> Result<PlannedDecode> {
         let (batch, Heads { q, kv, dim }) = (a.batch, a.heads);
         let (rows, blocks) = (batch.decode_rows, self.device.multiprocessors);
         let lots = self.lots(a)?;
@@ -309,8 +330,11 @@ impl CudaBackend {
             kv_heads: kv as i32,
             stages: stages as i32,
             window: a.window.map_or(0, |w| w as i32),
-            // Outside of a graph, the kernel that writes the page table may not be done.
-            early: i32::from(self.device.is_capturing()?),
+            wait: match self.device.is_capturing()? {
+                _ if beside_prefill => Wait::Last,
+                true => Wait::Fetching,
+                false => Wait::First,
+            },
             q_eps,
             q_shift,
             k_eps,
@@ -319,24 +343,33 @@ impl CudaBackend {
             soft_cap: a.soft_cap.unwrap_or(0.0),
             lots,
         };
-        let start = if is_new {
+        if is_new {
             let function = self.kernels.get(module, &defines, "plan")?;
             let shape = Launch::new(blocks, 32 * fetchers);
             // SAFETY: `Args` has the kernel's layout; its addresses are the step's tensors.
             unsafe { self.device.launch_struct(function, shape, &args) }?;
-            // In a graph, decode reads its plan before it waits for what is in front.
-            Start::Behind
-        } else {
-            Start::Early
-        };
-        let function = self.kernels.get(module, &defines, "decode")?;
+        }
         let map = |pages| page_matrix(pages, a, TILE).map_parts();
-        let (k, v) = (map(&a.kv.k)?, map(&a.kv.v)?);
-        let threads = 32 * (warps + fetchers + 1);
-        let shape = Launch { grid: [blocks, 1, 1], threads, shared, cluster: 1 };
-        let mut words = [address_of(&k), address_of(&v), address_of(&args)];
+        Ok(PlannedDecode {
+            function: self.kernels.get(module, &defines, "decode")?,
+            maps: [map(&a.kv.k)?, map(&a.kv.v)?],
+            shape: Launch {
+                grid: [blocks, 1, 1],
+                threads: 32 * (warps + fetchers + 1),
+                shared,
+                cluster: 1,
+            },
+            // In a graph, decode reads its plan before it waits for what is in front.
+            start: if is_new && !beside_prefill { Start::Behind } else { Start::Early },
+            args,
+        })
+    }
+
+    pub(crate) fn decode(&self, planned: &PlannedDecode) -> Result<()> {
+        let PlannedDecode { function, maps: [k, v], shape, start, args } = planned;
+        let mut words = [address_of(k), address_of(v), address_of(args)];
         // SAFETY: the kernel's parameters in order; the maps cover the cache, the rest is the step's.
-        unsafe { self.device.launch_when(start, function, shape, &mut words) }
+        unsafe { self.device.launch_when(*start, *function, *shape, &mut words) }
     }
 }
 

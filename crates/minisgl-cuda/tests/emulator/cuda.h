@@ -41,6 +41,7 @@ inline float __uint_as_float(unsigned bits) {
 }
 
 inline void __syncthreads() { machine::named_meeting(0).meet(machine::block_dim.x); }
+inline void __threadfence() {}
 inline void __syncwarp() { machine::current->warp->meeting.meet(machine::LANES); }
 
 // All lanes give a value, and `take` has what each of them gave.

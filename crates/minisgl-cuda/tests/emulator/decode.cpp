@@ -11,7 +11,7 @@
 
 alignas(128) thread_local unsigned char memory[machine::SHARED_BYTES + machine::GUARD_BYTES];
 
-struct Options { int blocks; bool early; Scores scores; };
+struct Options { int blocks; Wait wait; Scores scores; };
 
 static void check(const std::vector<int> &lens, const std::vector<Cache::Prefix> &prefixes, Options o) {
     const int rows = int(lens.size()), q_heads = KV_HEADS * GROUP, width = (q_heads + 2 * KV_HEADS) * DIM;
@@ -21,7 +21,7 @@ static void check(const std::vector<int> &lens, const std::vector<Cache::Prefix>
     auto q_norm = random_floats(DIM, 1.f, 0.1f), k_norm = random_floats(DIM, 1.f, 0.1f);
     auto partial = unwritten<float>(o.blocks * 2 * 16 * PARTIAL_STRIDE);
     std::vector<int> arrived((rows + prefixes.size()) * KV_HEADS * 16), joined(rows * q_heads);
-    auto kv_len = o.early ? cache.lens : std::vector<int>(rows);
+    auto kv_len = o.wait == WAIT_FETCHING ? cache.lens : std::vector<int>(rows);
     auto plans = unwritten<BlockPlan>(o.blocks), plans_later = plans;
     auto entries = unwritten<Entry>(rows + prefixes.size() + 1), entries_later = entries;
     Args args = {
@@ -31,7 +31,7 @@ static void check(const std::vector<int> &lens, const std::vector<Cache::Prefix>
         .partial = partial.data(), .arrived = arrived.data(),
         .plan = plans.data(), .entries = entries.data(),
         .rows = rows, .pages_a_row = PAGES_A_ROW, .page_shift = PAGE_SHIFT, .q_heads = q_heads, .kv_heads = KV_HEADS,
-        .stages = WARPS, .window = o.scores.window, .early = o.early,
+        .stages = WARPS, .window = o.scores.window, .wait = o.wait,
         .q_eps = 1e-6f, .q_shift = 0.f, .k_eps = 1e-6f, .k_shift = 0.f,
         .scale = o.scores.scale, .soft_cap = o.scores.soft_cap,
     };
@@ -59,13 +59,15 @@ static void check(const std::vector<int> &lens, const std::vector<Cache::Prefix>
         },
         .kernel = [&] { plan(args); },
     });
-    // Outside of a graph, the plan is no older than the kernel in front.
     plans_later = plans, entries_later = entries;
-    if (!o.early) forget(plans), forget(entries);
+    if (o.wait == WAIT_FIRST) forget(plans), forget(entries);
+    if (o.wait == WAIT_LAST) qkv = qkv_later;
     machine::run({
         .blocks = o.blocks, .cluster = 1, .threads = 32 * (WARPS + FETCHERS + 1),
         .memory = [] { return memory; },
-        .previous = [&] { qkv = qkv_later, plans = plans_later, entries = entries_later, forget(out), forget(partial); },
+        .previous = [&] {
+            if (o.wait != WAIT_LAST) qkv = qkv_later, plans = plans_later, entries = entries_later, forget(out), forget(partial);
+        },
         .kernel = [&] { decode(cache.map(cache.k), cache.map(cache.v), args); },
     });
     for (int row = 0; row < rows; row++) {
@@ -84,19 +86,21 @@ int main(int count, char **seeds) {
     const float scale = 1.f / sqrtf(DIM), cap = SOFT_CAP ? 3.f : 0.f;
     return with_seeds(count, seeds, [&] {
 #if CASCADE
-        check({100, 120, 97, 300, 5, 33}, {{{0, 1, 3}, 96}}, {.blocks = 5, .early = true, .scores = {scale, 0.f, 0}});
-        check({200, 210, 220, 230, 33, 0, 64}, {{{0, 1, 2, 3}, 192}, {{4, 6}, 32}}, {.blocks = 7, .early = false, .scores = {scale, 0.f, 0}});
-        check({577, 900, 577, 20}, {{{0, 1, 2}, 544}}, {.blocks = 12, .early = true, .scores = {scale, cap, 0}});
+        check({100, 120, 97, 300, 5, 33}, {{{0, 1, 3}, 96}}, {.blocks = 5, .wait = WAIT_FETCHING, .scores = {scale, 0.f, 0}});
+        check({200, 210, 220, 230, 33, 0, 64}, {{{0, 1, 2, 3}, 192}, {{4, 6}, 32}}, {.blocks = 7, .wait = WAIT_FIRST, .scores = {scale, 0.f, 0}});
+        check({577, 900, 577, 20}, {{{0, 1, 2}, 544}}, {.blocks = 12, .wait = WAIT_FETCHING, .scores = {scale, cap, 0}});
+        check({100, 120, 97, 300, 5, 33}, {{{0, 1, 3}, 96}}, {.blocks = 5, .wait = WAIT_LAST, .scores = {scale, 0.f, 0}});
         // More tiles than are planned.
-        check({577, 900, 577, 20}, {{{0, 1, 2}, 544}}, {.blocks = 1, .early = true, .scores = {scale, 0.f, 0}});
+        check({577, 900, 577, 20}, {{{0, 1, 2}, 544}}, {.blocks = 1, .wait = WAIT_FETCHING, .scores = {scale, 0.f, 0}});
 #else
-        check({1}, {}, {.blocks = 2, .early = true, .scores = {scale, 0.f, 0}});
-        check({100, 33, 0, 300, 16, 17}, {}, {.blocks = 5, .early = true, .scores = {scale, 0.f, 0}});
+        check({1}, {}, {.blocks = 2, .wait = WAIT_FETCHING, .scores = {scale, 0.f, 0}});
+        check({100, 33, 0, 300, 16, 17}, {}, {.blocks = 5, .wait = WAIT_FETCHING, .scores = {scale, 0.f, 0}});
         // Units of fewer tiles than warps, one behind the other.
-        check({20, 5, 40, 33, 17, 300, 16, 9}, {}, {.blocks = 2, .early = true, .scores = {scale, 0.f, 0}});
-        check({700, 90}, {}, {.blocks = 6, .early = false, .scores = {scale, cap, 200}});
+        check({20, 5, 40, 33, 17, 300, 16, 9}, {}, {.blocks = 2, .wait = WAIT_FETCHING, .scores = {scale, 0.f, 0}});
+        check({700, 90}, {}, {.blocks = 6, .wait = WAIT_FIRST, .scores = {scale, cap, 200}});
+        check({700, 90, 0, 33}, {}, {.blocks = 6, .wait = WAIT_LAST, .scores = {scale, 0.f, 0}});
         // More tiles than are planned.
-        check({700, 0, 90, 900, 4}, {}, {.blocks = 2, .early = true, .scores = {scale, 0.f, 0}});
+        check({700, 0, 90, 900, 4}, {}, {.blocks = 2, .wait = WAIT_FETCHING, .scores = {scale, 0.f, 0}});
 #endif
     });
 }
