@@ -46,6 +46,7 @@ struct Args {
     Entry *entries;        // [entries + 1]
     int rows, pages_a_row, page_shift, q_heads, kv_heads, stages, window; Wait wait;
     float q_eps, q_shift, k_eps, k_shift, scale, soft_cap;
+    int ahead;             // tiles on their way at once
 #if CASCADE
     const int *lot_rows;   // [lots, lot_size], -1 behind a lot's rows
     const int *lot_tokens; // [lots], whole tiles; 0 for a lot that is not there
@@ -246,7 +247,8 @@ __device__ __forceinline__ void init_stages(const Ring &ring, int fetcher) {
 }
 
 // Of every FETCHERS tiles of the block's share, the one that is this warp's, of which each lane has the `place` of one
-// of the first 32. Lanes look up 32 tiles while 32 are fetched.
+// of the first 32. Lanes look up 32 tiles while 32 are fetched. No more than `ahead` tiles are on their way at once,
+// also where there is room: memory serves more of them more slowly.
 __device__ __forceinline__ void fetch_all(const Args &a, const Work &work, int place, const TensorMap &k_map, const TensorMap &v_map, Ring ring, int fetcher) {
     int lane = threadIdx.x & 31, next = place;
     // When some are on their way, which all had room at once: none waits for a warp that waits for the entries.
@@ -264,6 +266,10 @@ __device__ __forceinline__ void fetch_all(const Args &a, const Work &work, int p
             int y = __shfl_sync(~0u, now, i);
             if (lane > 0) continue;
             u32 barrier = ring.full + 8 * ring.stage, to = ring.memory + ring.stage * STAGE_BYTES;
+            if (first + i * FETCHERS >= a.ahead) {
+                bool is_older = ring.stage < a.ahead;
+                barrier_wait(barrier - 8 * a.ahead + (is_older ? 8 * ring.stages : 0), ring.parity ^ u32(is_older));
+            }
             barrier_wait(ring.free + 8 * ring.stage, ring.parity ^ 1);
             barrier_expect(barrier, STAGE_BYTES);
             fetch_parts(to, k_map, barrier, y);

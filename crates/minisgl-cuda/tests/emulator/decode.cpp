@@ -31,9 +31,10 @@ static void check(const std::vector<int> &lens, const std::vector<Cache::Prefix>
         .partial = partial.data(), .arrived = arrived.data(),
         .plan = plans.data(), .entries = entries.data(),
         .rows = rows, .pages_a_row = PAGES_A_ROW, .page_shift = PAGE_SHIFT, .q_heads = q_heads, .kv_heads = KV_HEADS,
-        .stages = WARPS, .window = o.scores.window, .wait = o.wait,
+        .stages = 2 * WARPS, .window = o.scores.window, .wait = o.wait,
         .q_eps = 1e-6f, .q_shift = 0.f, .k_eps = 1e-6f, .k_shift = 0.f,
         .scale = o.scores.scale, .soft_cap = o.scores.soft_cap,
+        .ahead = 4 * FETCHERS,
     };
 #if CASCADE
     const int lot_size = 16 / GROUP;
