@@ -132,9 +132,7 @@ impl LoadedRank {
         tracing::info!(seconds = started.elapsed().as_secs_f64(), pages, "the KV pool is there");
         let started = Instant::now();
         let mut rank = Rank { graphs: Graphs::default(), kv, loaded: self };
-        if rank.loaded.devices.collective.size() > 1 {
-            rank.rehearse().context("recording the largest steps")?;
-        }
+        rank.rehearse().context("recording the largest steps")?;
         for size in bucket_sizes(rank.loaded.graph_batch_max).into_iter().rev() {
             if !rank.capture(size).context("capturing a decode graph")? {
                 break;
@@ -228,7 +226,8 @@ impl Rank {
     }
 
     /// Records forward passes of prompts of all sizes and throws them away: what a device allocates,
-    /// loads or measures at an operation's first use is had before ranks can wait for one another.
+    /// loads or measures at an operation's first use is had before ranks can wait for one another, and before
+    /// anybody waits for a prompt.
     fn rehearse(&mut self) -> Result<(), BackendError> {
         let StepSizes { tokens: tokens_max, rows: rows_max } = self.loaded.sizes;
         let tokens_max = tokens_max.min(rows_max * self.loaded.seq_len_max);
