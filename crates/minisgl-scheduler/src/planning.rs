@@ -62,7 +62,7 @@ impl<E: Engine, S: OutputSink> Scheduler<E, S> {
     /// How many tokens of prompts so many decodes have beside them: a page's always, so that nobody waits for ever.
     fn room_beside(&self, decodes: usize) -> usize {
         match self.options.mixed_tokens_max {
-            Some(mixed) if decodes > 0 && 3 * decodes >= mixed => {
+            Some(mixed) if decodes > 0 && 4 * decodes >= mixed => {
                 mixed.saturating_sub(decodes).max(self.memory.page_size())
             }
             _ => usize::MAX,

@@ -44,7 +44,7 @@ pub struct SchedulerOptions {
     pub waiting_max: usize,
     /// Tokens that one step may compute, where the engine's own limit is not lower.
     pub step_tokens_max: Option<usize>,
-    /// Tokens of a step in which a third as many requests decode, or more: prompts then ride along with these, as
+    /// Tokens of a step in which a quarter as many requests decode, or more: prompts then ride along with these, as
     /// far as a step costs little more for it (Sarathi-Serve; Agrawal et al., 2024).
     pub mixed_tokens_max: Option<usize>,
     /// Check after every step that every page is in exactly one place; slow.

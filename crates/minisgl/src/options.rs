@@ -103,7 +103,7 @@ pub struct RuntimeOptions {
     )]
     pub max_prefill_length: Option<usize>,
 
-    /// Most tokens of a step once a third as many requests generate: prompts then ride along, by a page a step at
+    /// Most tokens of a step once a quarter as many requests generate: prompts then ride along, by a page a step at
     /// least, which steadies the time between tokens, and spares a large model readings of its weights
     /// [default: --max-prefill-length]
     #[arg(long, value_name = "TOKENS", help_heading = "Scheduling")]
