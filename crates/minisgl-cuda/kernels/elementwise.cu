@@ -114,41 +114,53 @@ extern "C" __global__ void spread_bias_f32(const float *b, int w, long long n, i
 }
 
 // out = act(f · gate) · f · up; both [rows, 2·inner] → [rows, inner], with f = 1 / rms(x) where there is an
-// x [rows, width], whose norm has no weights, and else 1. A thread has 8 columns of a row.
-extern "C" __global__ void gate(const T *both, const T *x, int width, float eps, int inner, int gelu, T *out) {
+// x [rows, width], whose norm has no weights, and else 1. A thread has 8 columns of a row, up to GATE_PIECES times.
+#define GATE_PIECES 4
+extern "C" __global__ void __launch_bounds__(576, 2)
+gate(const T *both, const T *x, int width, float eps, int inner, int gelu, T *out) {
     let_next_start();
     wait_for_previous();
     long long row = blockIdx.x;
-    int column = (blockIdx.y * blockDim.x + threadIdx.x) * 8;
+    int first = (blockIdx.y * GATE_PIECES * blockDim.x + threadIdx.x) * 8, step = blockDim.x * 8;
     const T *from = both + row * 2 * inner;
     T *to = out + row * inner;
 #if !EXACT
     if (inner % 8 == 0 && width % 8 == 0) {
-        uint4 g = make_uint4(0, 0, 0, 0), u = g;
-        if (column < inner) g = *(const uint4 *)(from + column), u = *(const uint4 *)(from + inner + column);
+        uint4 g[GATE_PIECES], u[GATE_PIECES];
+#pragma unroll
+        for (int j = 0; j < GATE_PIECES; j++) {
+            g[j] = u[j] = make_uint4(0, 0, 0, 0);
+            int column = first + j * step;
+            if (column < inner) g[j] = *(const uint4 *)(from + column), u[j] = *(const uint4 *)(from + inner + column);
+        }
         float squares = 0.f;
-        for (int i = threadIdx.x * 8; x && i < width; i += blockDim.x * 8) {
+        for (int i = threadIdx.x * 8; x && i < width; i += step) {
             uint4 piece = *(const uint4 *)(x + row * width + i);
             const u32 *pairs = (const u32 *)&piece;
 #pragma unroll
             for (int p = 0; p < 4; p++) squares += low_half(pairs[p]) * low_half(pairs[p]) + high_half(pairs[p]) * high_half(pairs[p]);
         }
         float factor = x ? rsqrtf(block_sum(squares) / width + eps) : 1.f;
-        if (column >= inner) return;
-        u32 *gp = (u32 *)&g, *up = (u32 *)&u;
 #pragma unroll
-        for (int p = 0; p < 4; p++)
-            gp[p] = pack(activate(low_half(gp[p]) * factor, gelu) * (low_half(up[p]) * factor),
-                         activate(high_half(gp[p]) * factor, gelu) * (high_half(up[p]) * factor));
-        *(uint4 *)(to + column) = g;
+        for (int j = 0; j < GATE_PIECES; j++) {
+            int column = first + j * step;
+            if (column >= inner) return;
+            u32 *gp = (u32 *)&g[j], *up = (u32 *)&u[j];
+#pragma unroll
+            for (int p = 0; p < 4; p++)
+                gp[p] = pack(activate(low_half(gp[p]) * factor, gelu) * (low_half(up[p]) * factor),
+                             activate(high_half(gp[p]) * factor, gelu) * (high_half(up[p]) * factor));
+            *(uint4 *)(to + column) = g[j];
+        }
         return;
     }
 #endif
     float squares = 0.f;
     for (int i = threadIdx.x; x && i < width; i += blockDim.x) squares += to_float(x[row * width + i]) * to_float(x[row * width + i]);
     float factor = x ? rsqrtf(block_sum(squares) / width + eps) : 1.f;
-    for (int i = column; i < min(column + 8, inner); i++)
-        to[i] = from_float<T>(activate(to_float(from[i]) * factor, gelu) * (to_float(from[inner + i]) * factor));
+    for (int j = 0; j < GATE_PIECES; j++)
+        for (int i = first + j * step; i < min(first + j * step + 8, inner); i++)
+            to[i] = from_float<T>(activate(to_float(from[i]) * factor, gelu) * (to_float(from[inner + i]) * factor));
 }
 
 // out[i] = x[indices[i]]. A block a row.

@@ -31,11 +31,19 @@ extern "C" __global__ void survey(const float *logits, const float *temperature,
     if (chunk >= chunks) return;
     const float *x = logits + (long long)row * vocab;
     float held[CHUNK / 32], best = -infinity();
-    int index = 0x7fffffff;
+    int index = 0x7fffffff, first = chunk * CHUNK + lane * 4;
+    bool by_fours = vocab % 4 == 0;
+#pragma unroll
+    for (int j = 0; j < CHUNK / 128; j++) {
+        int i = first + j * 128;
+        float4 four = make_float4(-infinity(), -infinity(), -infinity(), -infinity());
+        if (by_fours && i < vocab) four = *(const float4 *)(x + i);
+        held[4 * j] = four.x, held[4 * j + 1] = four.y, held[4 * j + 2] = four.z, held[4 * j + 3] = four.w;
+    }
 #pragma unroll
     for (int j = 0; j < CHUNK / 32; j++) {
-        int i = chunk * CHUNK + j * 32 + lane;
-        held[j] = i < vocab ? x[i] : -infinity();
+        int i = first + j / 4 * 128 + j % 4;
+        if (!by_fours && i < vocab) held[j] = x[i];
         if (held[j] > best) best = held[j], index = i;
     }
     float top = warp_max(best);

@@ -15,6 +15,8 @@ const GEMV_ELEMENTS_MAX: usize = 16 << 20;
 /// The same for `stream.cu`: rows of this many elements, whatever their number. With Qwen3-14B's, of
 /// 5,120 and more, it reads at 85% of what the memory gives: `wide.cu` takes those.
 pub(crate) const STREAM_ROW_MAX: usize = 4096;
+/// Eight columns each that a thread of `gate` in `kernels/elementwise.cu` takes.
+const GATE_PIECES: usize = 4;
 
 impl CudaBackend {
     pub(crate) fn linear_op(&self, a: &Linear<'_>, out: &Tensor) -> Result<()> {
@@ -84,8 +86,10 @@ impl CudaBackend {
         self.library(&Linear { store: Store::Set, norm, ..*a }, &both)?;
         let (x, eps) = later.map_or((0, 0.0), |norm| (a.x.address(), norm.eps));
         let gelu = activation == Activation::GeluTanh;
-        let blocks = inner.div_ceil(8 * 512);
-        let threads = inner.div_ceil(8 * blocks).next_multiple_of(32);
+        // So many columns at most are a block's, a thread's 8 of them up to four times, and once where that will do.
+        let blocks = inner.div_ceil(8 * 576 * GATE_PIECES);
+        let pieces = inner.div_ceil(8 * 576 * blocks);
+        let threads = inner.div_ceil(8 * blocks * pieces).next_multiple_of(32);
         let shape = Launch { grid: [rows, blocks, 1], threads, shared: 0, cluster: 1 };
         self.simple("gate", shape, args![&both, x, a.x.row_len(), eps, inner, gelu, out])
     }
