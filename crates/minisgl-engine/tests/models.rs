@@ -79,6 +79,10 @@ fn ranks(on: On, count: usize) -> Vec<(Arc<dyn Backend>, Arc<dyn Collective>)> {
 }
 
 fn engine(tiny: &Tiny, page_size: usize, on: On, count: usize) -> LocalEngine {
+    try_engine(tiny, page_size, on, count).unwrap()
+}
+
+fn try_engine(tiny: &Tiny, page_size: usize, on: On, count: usize) -> anyhow::Result<LocalEngine> {
     let checkpoint = Arc::new(Checkpoint::open(tiny.folder()).unwrap());
     let options = EngineOptions {
         precision: on.precision(),
@@ -91,7 +95,7 @@ fn engine(tiny: &Tiny, page_size: usize, on: On, count: usize) -> LocalEngine {
         dummy_weights: false,
         note_device_times: false,
     };
-    LocalEngine::new(checkpoint, &options, ranks(on, count)).unwrap()
+    LocalEngine::new(checkpoint, &options, ranks(on, count))
 }
 
 /// The request's pages are handed out backwards, so that none is where its number suggests.
@@ -291,17 +295,8 @@ fn a_card_agrees_with_the_stored_reference() {
             );
         }
     }
-    // In the first step, as this backend was not told of the model; the program tells it, and is refused at its start.
-    let tiny = Tiny::load(HEADS_OF_12);
-    let mut driver = Driver { engine: engine(&tiny, 16, On::CardNative, 1), step: 0 };
-    let row = PlanRow {
-        slot: Slot(0),
-        cached_len: 0,
-        extend_len: 3,
-        input: RowInput::Tokens(tiny.prompt[..3].to_vec()),
-        output: RowOutput::Sample(greedy()),
-    };
-    let error = driver.try_run(vec![row]).unwrap_err().to_string();
+    let error =
+        format!("{:#}", try_engine(&Tiny::load(HEADS_OF_12), 16, On::CardNative, 1).err().unwrap());
     assert!(error.contains("heads of 12 on CUDA"), "{error}");
 }
 
