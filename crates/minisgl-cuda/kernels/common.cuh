@@ -1,11 +1,12 @@
 // What every kernel file starts with, followed by `ptx.cuh`. No header of the toolkit is included: NVRTC
 // alone compiles this. `T` is the type of activations: `bf16`, or `float` in the exact mode.
 //
-// Every kernel calls `let_next_start()` first (`wide.cu` and `strip.cu` when they ask for their last weights,
-// `scale_columns`, which writes weights, never):
+// Every kernel calls `let_next_start()` first (`wide.cu` and `strip.cu` when they ask for their last weights, `prefill.cu`
+// when it has waited, `scale_columns`, which writes weights, never):
 // its successor may be launched as soon as all of its own blocks have (programmatic dependent launch). And
 // every thread calls `wait_for_previous()` before it touches anything that an earlier kernel writes or reads.
-// A kernel is done when its last thread is, so that this orders it behind all before it. Before that call stand only
+// A kernel is done when its last thread is, so that this orders it behind all before it. `decode.cu` behind
+// `prefill.cu` calls it last: what it reads is what the latter has waited for. Elsewhere, before that call stand only
 // loads of what no kernel in front writes:
 //   - weights; and of the host's memory, in `upload`;
 //   - in a graph, lengths, pages and older tokens;
