@@ -239,12 +239,16 @@ impl Drop for Gemm {
     }
 }
 
-/// Rows are rounded up to a size that stands for them when an algorithm is picked.
+/// Rows are rounded up to a size that stands for them when an algorithm is picked: up to 256 to one of decode
+/// graphs', beyond to a power of two or three quarters of it, as prompts are rehearsed.
 fn bucket(rows: usize) -> usize {
     match rows {
         0..=64 => rows.next_multiple_of(16),
-        65..=512 => rows.next_multiple_of(32),
-        _ => rows.next_power_of_two(),
+        65..=256 => rows.next_multiple_of(32),
+        _ => {
+            let power = rows.next_power_of_two();
+            if rows <= power / 4 * 3 { power / 4 * 3 } else { power }
+        }
     }
 }
 
@@ -303,5 +307,17 @@ impl Drop for Plan {
             let _ = lt::destroy_matrix_layout(self.out);
             let _ = lt::destroy_matmul_desc(self.operation);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn few_sizes_stand_for_all() {
+        let of = [1, 16, 65, 208, 257, 384, 385, 416, 513, 768, 769, 5000, 6145, 8192];
+        let stand = [16, 16, 96, 224, 384, 384, 512, 512, 768, 768, 1024, 6144, 8192, 8192];
+        assert_eq!(of.map(bucket), stand);
     }
 }

@@ -231,8 +231,9 @@ impl Rank {
     fn rehearse(&mut self) -> Result<(), BackendError> {
         let StepSizes { tokens: tokens_max, rows: rows_max } = self.loaded.sizes;
         let tokens_max = tokens_max.min(rows_max * self.loaded.seq_len_max);
-        let sizes = std::iter::successors(Some(tokens_max), |tokens| Some(tokens / 2));
-        for tokens in sizes.take_while(|tokens| *tokens >= 64) {
+        let halves = std::iter::successors(Some(tokens_max), |tokens| Some(tokens / 2));
+        let sizes = halves.take_while(|tokens| *tokens >= 64);
+        for tokens in sizes.flat_map(|tokens| [tokens, tokens / 4 * 3]) {
             // Several tokens a row, and as even as they go.
             let rows = rows_max.min(tokens / 2);
             let row = |index: usize| {
