@@ -5,7 +5,7 @@
 // tiles, behind one another, are divided evenly between the blocks, whatever the rows' lengths: once a step, by
 // `plan`, in front of its first layer. A block's warps have three trades, and none waits for another but through
 // barriers in shared memory:
-//   - FETCHERS fetch tiles by the bulk copy engine, `ahead` of the other warps, before the kernels in front are done:
+//   - FETCHERS fetch tiles by the bulk copy engine, `stages` ahead, begun before the kernels in front are done:
 //     earlier tokens' K and V are older than this step, and the new token's are put into the tile in
 //     shared memory;
 //   - WARPS take the tiles in turn, and leave a unit's sums behind when they have done theirs of it;

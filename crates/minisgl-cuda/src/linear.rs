@@ -15,8 +15,17 @@ const GEMV_ELEMENTS_MAX: usize = 16 << 20;
 /// The same for `stream.cu`: rows of this many elements, whatever their number. With Qwen3-14B's, of
 /// 5,120 and more, it reads at 85% of what the memory gives: `wide.cu` takes those.
 pub(crate) const STREAM_ROW_MAX: usize = 4096;
-/// Eight columns each that a thread of `gate` in `kernels/elementwise.cu` takes.
+/// As in `kernels/elementwise.cu`: a block's threads at most, and how many times a thread of it takes 8 columns.
+const GATE_THREADS: usize = 576;
 const GATE_PIECES: usize = 4;
+
+/// How many blocks of how many threads have a row of so many columns in `gate`. A thread has several pieces only where
+/// one block could not take all.
+fn gate_blocks(inner: usize) -> (usize, usize) {
+    let blocks = inner.div_ceil(8 * GATE_THREADS * GATE_PIECES);
+    let pieces = inner.div_ceil(8 * GATE_THREADS * blocks);
+    (blocks, inner.div_ceil(8 * blocks * pieces).next_multiple_of(32))
+}
 
 impl CudaBackend {
     pub(crate) fn linear_op(&self, a: &Linear<'_>, out: &Tensor) -> Result<()> {
@@ -86,10 +95,7 @@ impl CudaBackend {
         self.library(&Linear { store: Store::Set, norm, ..*a }, &both)?;
         let (x, eps) = later.map_or((0, 0.0), |norm| (a.x.address(), norm.eps));
         let gelu = activation == Activation::GeluTanh;
-        // So many columns at most are a block's, a thread's 8 of them up to four times, and once where that will do.
-        let blocks = inner.div_ceil(8 * 576 * GATE_PIECES);
-        let pieces = inner.div_ceil(8 * 576 * blocks);
-        let threads = inner.div_ceil(8 * blocks * pieces).next_multiple_of(32);
+        let (blocks, threads) = gate_blocks(inner);
         let shape = Launch { grid: [rows, blocks, 1], threads, shared: 0, cluster: 1 };
         self.simple("gate", shape, args![&both, x, a.x.row_len(), eps, inner, gelu, out])
     }
@@ -279,5 +285,21 @@ impl ProductArgs {
             eps,
             shift,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_column_is_gated() {
+        for inner in (8..=40_000).step_by(8) {
+            let (blocks, threads) = gate_blocks(inner);
+            assert!(threads <= GATE_THREADS && threads.is_multiple_of(32), "{inner}");
+            assert!(blocks * GATE_PIECES * threads * 8 >= inner, "{inner}");
+        }
+        // Qwen3-0.6B's and 14B's.
+        assert_eq!([3072, 17408].map(gate_blocks), [(1, 384), (1, 544)]);
     }
 }

@@ -61,6 +61,7 @@ static void check(const std::vector<int> &lens, const std::vector<Cache::Prefix>
         .kernel = [&] { plan(args); },
     });
     plans_later = plans, entries_later = entries;
+    // Outside of a graph, the plan is no older than the kernel in front; behind a prefill, all is older than that.
     if (o.wait == WAIT_FIRST) forget(plans), forget(entries);
     if (o.wait == WAIT_LAST) qkv = qkv_later;
     machine::run({
