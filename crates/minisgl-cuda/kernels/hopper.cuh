@@ -60,6 +60,9 @@ __device__ __forceinline__ void store_shared(u32 address, uint4 x) {
 __device__ __forceinline__ void store_shared(u32 address, float a, float b, float c, float d) {
     asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" :: "r"(address), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
 }
+__device__ __forceinline__ void store_shared(u32 address, float a, float b) {
+    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" :: "r"(address), "f"(a), "f"(b) : "memory");
+}
 __device__ __forceinline__ uint4 load_shared_16(u32 address) {
     uint4 x;
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -114,12 +117,17 @@ __device__ __forceinline__ void fetch_box(u32 to, const TensorMap &map, u32 barr
                  "[%0], [%1, {%3, %4}], [%2];"
                  :: "r"(to), "l"(&map), "r"(barrier), "r"(x), "r"(y) : "memory");
 }
-// The box at column `x`, row `y` of groups of rows; see `Matrix::map_groups`. Read once: L2 lets go of it first.
-__device__ __forceinline__ void fetch_groups(u32 to, const TensorMap &map, u32 barrier, int x, int y) {
-    asm volatile("{\n.reg .b64 policy;\ncreatepolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
-                 "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
-                 "[%0], [%1, {%3, %5, %5, %4}], [%2], policy;\n}"
-                 :: "r"(to), "l"(&map), "r"(barrier), "r"(x), "r"(y), "r"(0) : "memory");
+// For copies of what is read once: L2 lets go of it first.
+__device__ __forceinline__ u64 read_once() {
+    u64 policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+// The box at column `x`, row `y` of groups of rows; see `Matrix::map_groups`.
+__device__ __forceinline__ void fetch_groups(u32 to, const TensorMap &map, u32 barrier, int x, int y, u64 policy) {
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+                 "[%0], [%1, {%3, %5, %5, %4}], [%2], %6;"
+                 :: "r"(to), "l"(&map), "r"(barrier), "r"(x), "r"(y), "r"(0), "l"(policy) : "memory");
 }
 // The box of all parts of 64 columns, from row `y` on: a part behind the other. Read once: L2 lets go of it
 // before it does of weights and activations.

@@ -66,10 +66,11 @@ struct Cursor {
 // One thread's: all steps of all tiles.
 __device__ __forceinline__ void fetch(const Args &a, const TensorMap &w, const TensorMap &x, const Part &p, const Shared &s) {
     Cursor next_w(a.w_stages, p), next_x(a.x_stages, p);
+    u64 once = read_once();
     auto fetch_w = [&]() {
         u32 barrier = s.full_w + 8 * next_w.ring.stage;
         barrier_expect(barrier, W_BYTES);
-        fetch_groups(s.w + next_w.ring.stage * W_BYTES, w, barrier, (p.first + next_w.step) * STEP, next_w.tile * (COLUMNS / 8));
+        fetch_groups(s.w + next_w.ring.stage * W_BYTES, w, barrier, (p.first + next_w.step) * STEP, next_w.tile * (COLUMNS / 8), once);
         next_w.next(p);
     };
     auto fetch_x = [&]() {

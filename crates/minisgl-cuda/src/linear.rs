@@ -35,11 +35,11 @@ impl CudaBackend {
         if self.prefers_wide(a) {
             return self.wide(a, None, out);
         }
-        if self.prefers_narrow(a, false, out) {
-            return self.narrow(a, None, out);
-        }
         if let Some(division) = self.strips(a, out) {
             return self.strip(&division, a, None, out);
+        }
+        if self.prefers_narrow(a, false, out) {
+            return self.narrow(a, None, out);
         }
         self.library(a, out)
     }
@@ -82,11 +82,11 @@ impl CudaBackend {
         if self.prefers_wide(a) {
             return self.wide(a, Some(activation), out);
         }
-        if self.prefers_narrow(a, true, out) {
-            return self.narrow(a, Some(activation), out);
-        }
         if let Some(division) = self.strips(a, out) {
             return self.strip(&division, a, Some(activation), out);
+        }
+        if self.prefers_narrow(a, true, out) {
+            return self.narrow(a, Some(activation), out);
         }
         let both = self.scratch("gate_up", self.dtype(), &[rows, 2 * inner])?;
         // Of a folded norm, a factor a row is left, which may come behind the product.

@@ -18,12 +18,15 @@ const ROWS: [usize; 3] = [32, 64, 128];
 /// The smallest matrices and the shortest rows that were measured, Qwen3-8B's o: where others should go is not known.
 const ELEMENTS_MIN: usize = 16 << 20;
 const ROW_MIN: usize = 4096;
-/// What `strip_short.cu` was measured with, Qwen3-0.6B's qkv, and gate and up. Of up to 32 rows, `narrow.cu` was faster.
+/// What `strip_short.cu` was measured with, Qwen3-0.6B's qkv, and gate and up.
 const SHORT_ELEMENTS_MIN: usize = 4 << 20;
 const SHORT_ROW: usize = 1024;
 const SHORT_UNITS_MAX: usize = 8;
-/// What `strip_tall.cu` was measured with, Qwen3-0.6B's o, down and qkv. With its gate and up cuBLASLt was faster.
+/// What `strip_tall.cu` was measured with, Qwen3-0.6B's o, down and qkv, in up to so many lots of rows; and its gate and
+/// up, for more than one lot of which cuBLASLt was faster.
 const TALL_ELEMENTS: RangeInclusive<usize> = 2 << 20..=4 << 20;
+const LOTS_MAX: usize = 2;
+const TALL_GATED_ELEMENTS: RangeInclusive<usize> = 4 << 20..=6 << 20;
 const TALL_ROWS: RangeInclusive<usize> = 1024..=3072;
 /// Elements of k that a block of a cluster has, or somewhat more: clusters have two blocks or four.
 const TALL_STEP: usize = 512;
@@ -33,6 +36,7 @@ const UNIT: usize = 16;
 const STEP: usize = 64;
 const THREADS: usize = 256;
 const GATHERING_THREADS: usize = 128;
+const FETCHING_THREADS: usize = 64;
 const STAGES_MAX: usize = 16;
 /// So many units of a strip that a thread's registers hold their sums.
 const UNITS_MAX: usize = 18;
@@ -66,7 +70,10 @@ struct Args {
     x_bytes: i32,
     add: i32,
     gelu: i32,
+    strips: i32,
+    lot_rows: i32,
     eps: f32,
+    inverse_k: f32,
 }
 
 /// How a product is divided: each cluster has a strip.
@@ -79,6 +86,8 @@ pub(crate) struct Division {
     /// Blocks a cluster, which divide k.
     blocks: usize,
     clusters: usize,
+    /// Of rows of x, each multiplied by all strips.
+    lots: usize,
     stages: usize,
     /// Bytes.
     shared: usize,
@@ -94,18 +103,22 @@ impl Division {
         gated: bool,
         multiprocessors: usize,
     ) -> Option<Self> {
-        let rows = ROWS.into_iter().find(|rows| x_rows <= *rows)?;
+        let lots = x_rows.div_ceil(ROWS[2]);
+        let rows = ROWS.into_iter().find(|rows| x_rows.div_ceil(lots) <= *rows)?;
         if rows == ROWS[2] {
             let elements = w_rows * k;
-            let takes = !gated && TALL_ELEMENTS.contains(&elements) && TALL_ROWS.contains(&k);
-            return takes.then(|| Self::tall(w_rows, k, multiprocessors)).flatten();
+            let takes = match gated {
+                true => lots == 1 && TALL_GATED_ELEMENTS.contains(&elements),
+                false => lots <= LOTS_MAX && TALL_ELEMENTS.contains(&elements),
+            } && TALL_ROWS.contains(&k);
+            return takes.then(|| Self::tall(lots, w_rows, k, gated, multiprocessors)).flatten();
         }
         let by_clusters = |blocks| Self::by_clusters(blocks, rows, w_rows, multiprocessors);
         if x_rows <= GEMV_ROWS_MAX {
             return None;
         }
         if k == SHORT_ROW {
-            let takes = x_rows > ROWS[0] && w_rows * k >= SHORT_ELEMENTS_MIN;
+            let takes = w_rows * k >= SHORT_ELEMENTS_MIN;
             return takes.then(|| Self::short(w_rows, multiprocessors)).flatten();
         }
         if k < ROW_MIN || w_rows * k < ELEMENTS_MIN {
@@ -137,10 +150,9 @@ impl Division {
         let (w_bytes, x_bytes) = (units * UNIT * STEP * 2, rows * STEP * 2);
         let fitting = (SHARED_BYTES - 1024) / (w_bytes + x_bytes);
         let stages = (W_BYTES_AHEAD / w_bytes).min(fitting).min(STAGES_MAX);
-        let share = units.div_ceil(2).div_ceil(blocks);
-        let sums = if blocks > 1 { blocks * share * 2 * THREADS * 16 } else { 0 };
+        let sums = left_bytes(rows, units).max(sent_bytes(blocks, units.div_ceil(2)));
         let shared = 1024 + (stages * (w_bytes + x_bytes)).max(sums);
-        Some(Self { rows, units, blocks, clusters, stages, shared, module: Module::Strip })
+        Some(Self { rows, units, blocks, clusters, lots: 1, stages, shared, module: Module::Strip })
     }
 
     /// Of short rows, in single blocks, for 64 rows of x.
@@ -154,15 +166,26 @@ impl Division {
         Some(Self { stages, shared: SHORT_SHARED_BYTES, module: Module::StripShort, ..division })
     }
 
-    /// Of short rows, in clusters, for 128 rows of x.
-    fn tall(w_rows: usize, k: usize, multiprocessors: usize) -> Option<Self> {
-        let blocks = if k / TALL_STEP < 4 { 2 } else { 4 };
-        let most = Self::clusters_max(blocks, multiprocessors);
+    /// Of short rows, for lots of 128 rows of x.
+    fn tall(
+        lots: usize,
+        w_rows: usize,
+        k: usize,
+        gated: bool,
+        multiprocessors: usize,
+    ) -> Option<Self> {
+        // A cluster's exchange takes longer than a single block takes to read more of x where strips are high.
+        let blocks = match k / TALL_STEP {
+            ..3 if gated || lots > 1 => 1,
+            ..4 => 2,
+            _ => 4,
+        };
+        let most = Self::clusters_max(blocks, multiprocessors) / lots;
         let units = w_rows.div_ceil(UNIT).div_ceil(most.max(1)).max(2);
         if units > TALL_UNITS_MAX {
             return None;
         }
-        let received = blocks * units.div_ceil(blocks) * 2 * THREADS * 16;
+        let received = sent_bytes(blocks, units);
         let step_bytes = (units * UNIT + ROWS[2]) * STEP * 2;
         let squares = blocks * ROWS[2] * 4;
         let room = BLOCK_BYTES - BARRIER_BYTES - squares - 1024 - received;
@@ -171,7 +194,8 @@ impl Division {
             rows: ROWS[2],
             units,
             blocks,
-            clusters: w_rows.div_ceil(UNIT).div_ceil(units),
+            clusters: w_rows.div_ceil(UNIT).div_ceil(units) * lots,
+            lots,
             stages,
             shared: 1024 + stages * step_bytes + received,
             module: Module::StripTall,
@@ -183,6 +207,15 @@ impl Division {
     fn clusters_max(blocks: usize, multiprocessors: usize) -> usize {
         if blocks > 2 { multiprocessors * 10 / 11 / blocks } else { multiprocessors / blocks }
     }
+}
+
+/// Of the sums that a single block leaves in shared memory, and of those that come from a cluster's, of which a
+/// warp has so many units.
+fn left_bytes(rows: usize, units: usize) -> usize {
+    rows * (units * UNIT + 8) * 4
+}
+fn sent_bytes(blocks: usize, units: usize) -> usize {
+    if blocks == 1 { 0 } else { blocks * units.div_ceil(blocks) * 2 * THREADS * 16 }
 }
 
 impl CudaBackend {
@@ -211,12 +244,11 @@ impl CudaBackend {
         let (rows, k, n) = (a.x.dim(0), a.x.row_len(), out.row_len());
         let halves = if gated.is_some() { 2 } else { 1 };
         let (x, norm) = self.normed_or_folded(a)?;
-        let (address, lower) = (tensor(a.weight).address(), d.units / 2);
-        let part = |units: usize| {
-            Matrix { address, rows: n * halves, cols: k, box_rows: units * UNIT }.map_groups(halves)
-        };
-        let (upper, lower) = (part(d.units - lower)?, part(lower)?);
-        let x = Matrix { address: x.address(), rows, cols: k, box_rows: rows }.map()?;
+        let address = tensor(a.weight).address();
+        let box_rows = d.units * UNIT;
+        let w = Matrix { address, rows: n * halves, cols: k, box_rows }.map_groups(halves)?;
+        let lot_rows = rows.div_ceil(d.lots);
+        let x = Matrix { address: x.address(), rows, cols: k, box_rows: lot_rows }.map()?;
         let args = Args {
             bias: a.bias.map_or(0, |b| tensor(b).address()),
             out: out.address(),
@@ -224,10 +256,13 @@ impl CudaBackend {
             n: n as i32,
             k: k as i32,
             stages: d.stages as i32,
-            x_bytes: (rows * STEP * 2) as i32,
+            x_bytes: (lot_rows * STEP * 2) as i32,
             add: i32::from(a.store == Store::Add),
             gelu: i32::from(gated == Some(Activation::GeluTanh)),
+            strips: (d.clusters / d.lots) as i32,
+            lot_rows: lot_rows as i32,
             eps: norm.map_or(0.0, |norm| norm.eps),
+            inverse_k: 1.0 / k as f32,
         };
         let variant = variant(d, gated.is_some(), norm.is_some());
         let (name, threads) = match d.module {
@@ -239,11 +274,11 @@ impl CudaBackend {
         let function = self.kernels.get(d.module, &variant, name)?;
         let shape = Launch {
             grid: [d.clusters * d.blocks, 1, 1],
-            threads: threads + 32,
+            threads: threads + FETCHING_THREADS,
             shared: d.shared,
             cluster: d.blocks,
         };
-        let mut words = [address_of(&upper), address_of(&lower), address_of(&x), address_of(&args)];
+        let mut words = [address_of(&w), address_of(&x), address_of(&args)];
         // SAFETY: the kernel's parameters in order; the maps cover `w` and `x`, `out` has a row of n
         // for each row of x.
         unsafe { self.device.launch_raw(function, shape, &mut words) }
@@ -269,7 +304,7 @@ pub(crate) fn strip_variants(
     products.iter().flat_map(move |&(w_rows, k, gated, norm)| {
         let division = move |rows| Division::new(rows, w_rows, k, gated, multiprocessors);
         let key = move |d: Division| (d.module, variant(&d, gated, norm));
-        ROWS.into_iter().filter_map(division).map(key)
+        ROWS.into_iter().chain([LOTS_MAX * ROWS[2]]).filter_map(division).map(key)
     })
 }
 
@@ -302,13 +337,13 @@ mod tests {
 
     #[test]
     fn short_rows_have_stages_for_both_warpgroups_and_room_for_their_sums() {
-        for (x_rows, w_rows) in [(33, 4096), (64, 6144), (40, 4104), (64, 16384)] {
+        for (x_rows, w_rows) in [(17, 4096), (64, 6144), (40, 4104), (64, 16384)] {
             let d = Division::new(x_rows, w_rows, SHORT_ROW, false, MULTIPROCESSORS).unwrap();
             assert_eq!((d.module, d.rows, d.blocks), (Module::StripShort, 64, 1), "{d:?}");
             // Each warpgroup waits for its next step before it leaves the one that it has.
             assert!(d.stages >= 4 && d.stages.is_multiple_of(2), "{d:?}");
             assert!(d.clusters <= MULTIPROCESSORS && d.clusters * d.units * UNIT >= w_rows);
-            assert!(1024 + (d.units + 1) * 2 * 128 * 16 <= d.shared, "{d:?}");
+            assert!(1024 + 2 * left_bytes(64, d.units) <= d.shared, "{d:?}");
         }
         assert_eq!(Division::new(64, 20000, SHORT_ROW, false, MULTIPROCESSORS), None);
     }
@@ -341,30 +376,48 @@ mod tests {
         assert_eq!(of(65, 4096, 1024), Some((4, 2, 64)));
         assert_eq!(of(128, 1024, 2048), Some((3, 4, 22)));
         assert_eq!(of(128, 1024, 3072), Some((3, 4, 22)));
+        // Of more than 128, two lots have clusters of their own.
+        assert_eq!(of(129, 4096, 1024), Some((4, 1, 128)));
+        assert_eq!(of(256, 1024, 2048), Some((5, 4, 26)));
+        assert_eq!(of(256, 1024, 3072), Some((5, 4, 26)));
+        assert_eq!(of(257, 1024, 3072), None);
     }
 
     #[test]
-    fn tall_ones_have_room_for_what_they_are_sent() {
-        for (w_rows, k) in [(4096, 1024), (2048, 1024), (1024, 3072), (1032, 2056), (1536, 2048)] {
-            let d = Division::new(100, w_rows, k, false, MULTIPROCESSORS).unwrap();
+    fn tall_ones_have_room_for_their_sums() {
+        let shapes = [(4096, 1024), (2048, 1024), (1024, 3072), (1032, 2056), (1536, 2048)];
+        let all = |x_rows| shapes.map(|(w_rows, k)| (x_rows, w_rows, k, false));
+        for (x_rows, w_rows, k, gated) in
+            [all(100), all(200)].concat().into_iter().chain([(100, 6144, 1024, true)])
+        {
+            let d = Division::new(x_rows, w_rows, k, gated, MULTIPROCESSORS).unwrap();
             assert_eq!((d.module, d.rows), (Module::StripTall, 128), "{d:?}");
             // Each warpgroup waits for its next step before it leaves the one that it has; each block has such a step.
             assert!(d.stages >= 2 && k / STEP / d.blocks >= 2, "{d:?}");
             let rings = 1024 + d.stages * (d.units * UNIT + d.rows) * STEP * 2;
             let sums = d.blocks * d.units.div_ceil(d.blocks) * UNIT * d.rows * 4;
-            assert!(rings + sums <= d.shared, "{d:?}");
+            match d.blocks {
+                1 => assert!(1024 + left_bytes(d.rows, d.units) <= rings && rings <= d.shared),
+                _ => assert!(rings + sums <= d.shared, "{d:?}"),
+            }
             // Beside the kernel's own barriers and squares.
             let own = (2 * STAGES_MAX + 1) * 8 + d.blocks * d.rows * 4;
             assert!(d.shared + own <= 227 << 10, "{d:?}");
             assert!(d.clusters * d.blocks <= MULTIPROCESSORS, "{d:?}");
+            assert_eq!(d.lots, x_rows.div_ceil(128), "{d:?}");
+            assert!(d.clusters / d.lots * d.units * UNIT >= w_rows, "{d:?}");
         }
     }
 
     #[test]
-    fn gated_products_of_more_rows_are_left_to_cublaslt() {
-        // Qwen3-0.6B's gate and up over two ranks.
-        assert!(Division::new(100, 3072, 1024, false, MULTIPROCESSORS).is_some());
-        assert_eq!(Division::new(100, 3072, 1024, true, MULTIPROCESSORS), None);
+    fn some_gated_products_of_more_rows_are_left_to_cublaslt() {
+        let takes = |x_rows, w_rows| {
+            Division::new(x_rows, w_rows, 1024, true, MULTIPROCESSORS).map(|d| d.module)
+        };
+        // Qwen3-0.6B's gate and up, and those over two ranks.
+        assert_eq!([32, 64].map(|x_rows| takes(x_rows, 6144)), [Some(Module::StripShort); 2]);
+        assert_eq!([65, 128].map(|x_rows| takes(x_rows, 6144)), [Some(Module::StripTall); 2]);
+        assert_eq!([takes(129, 6144), takes(100, 3072)], [None; 2]);
     }
 
     #[test]
@@ -373,9 +426,8 @@ mod tests {
             (16, 34816, 5120),
             (65, 34816, 5120),
             (65, 6144, 1024),
-            (129, 4096, 1024),
-            // Qwen3-0.6B's gate and up of few rows, and down; Qwen3-1.7B's qkv, gate and up.
-            (32, 6144, 1024),
+            (257, 4096, 1024),
+            // Qwen3-0.6B's down; Qwen3-1.7B's qkv, gate and up.
             (64, 1024, 3072),
             (32, 12288, 2048),
             (64, 4096, 2048),

@@ -39,7 +39,7 @@ const PROGRAMS: [(&str, &[(&str, i32)]); 22] = [
 
 /// What `strip.cpp` is specialised by, and in what ways.
 const STRIP: [&str; 7] = ["SHORT", "X_ROWS", "UNITS", "BLOCKS", "GATED", "NORM", "RACE_CHECKED"];
-const STRIPS: [[i32; 7]; 15] = [
+const STRIPS: [[i32; 7]; 18] = [
     [0, 32, 9, 1, 0, 0, 0],
     [0, 32, 3, 2, 1, 1, 0],
     [0, 64, 7, 2, 0, 1, 0],
@@ -55,6 +55,9 @@ const STRIPS: [[i32; 7]; 15] = [
     [0, 128, 5, 4, 0, 0, 0],
     [0, 128, 3, 4, 0, 1, 0],
     [0, 128, 3, 2, 0, 1, 1],
+    [0, 128, 4, 1, 0, 1, 0],
+    [0, 128, 6, 1, 1, 1, 0],
+    [0, 128, 3, 1, 0, 0, 0],
 ];
 
 /// Panics with what it printed if it fails.

@@ -125,6 +125,11 @@ inline void store_shared(u32 address, float a, float b, float c, float d) {
     check_aligned("to", address, 16);
     memcpy(bytes_at(address), &x, 16);
 }
+inline void store_shared(u32 address, float a, float b) {
+    float2 x = {a, b};
+    check_aligned("to", address, 8);
+    memcpy(bytes_at(address), &x, 8);
+}
 inline uint4 load_shared_16(u32 address) {
     check_aligned("from", address, 16);
     uint4 x;
@@ -199,7 +204,8 @@ template <typename RowAt> void fetch_rows(u32 to, const TensorMap &map, u32 barr
 inline void fetch_box(u32 to, const TensorMap &map, u32 barrier, int x, int y) {
     fetch_rows(to, map, barrier, x, [rows = map.rows, y](int i) { return y + i < rows ? y + i : -1; });
 }
-inline void fetch_groups(u32 to, const TensorMap &map, u32 barrier, int x, int y) {
+inline u64 read_once() { return 0; }
+inline void fetch_groups(u32 to, const TensorMap &map, u32 barrier, int x, int y, u64) {
     fetch_rows(to, map, barrier, x, [half = map.rows / map.halves, halves = map.halves, y](int i) {
         int row = (y + i / 8 / halves) * 8 + i % 8;
         return row < half ? i / 8 % halves * half + row : -1;

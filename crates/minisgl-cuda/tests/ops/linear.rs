@@ -85,15 +85,28 @@ fn linear_of_large_matrices() {
         // A strip's last unit that is cut.
         (64, 4104, 4104),
         // So little of x that a block reads all of it.
+        (24, 4104, 1024),
         (40, 4104, 1024),
         (64, 6144, 1024),
+        (100, 5136, 1024),
         // Small matrices, of which clusters of two and of four divide the rows.
         (65, 4096, 1024),
         (100, 1032, 2056),
         (77, 1536, 2048),
         (128, 1024, 3072),
+        // Two lots of rows of x.
+        (129, 1032, 2056),
+        (203, 4096, 1024),
+        (256, 1024, 3072),
     ];
-    linear_cases("large matrices", &all, &[(17, 5136, 5128), (64, 4104, 1024), (65, 1032, 2056)]);
+    let race_checked_ones = [
+        (17, 5136, 5128),
+        (64, 4104, 1024),
+        (65, 1032, 2056),
+        (100, 5136, 1024),
+        (203, 2056, 1024),
+    ];
+    linear_cases("large matrices", &all, &race_checked_ones);
 }
 
 fn linear_cases(test: &str, all: &[Product], race_checked_ones: &[Product]) {
@@ -102,7 +115,7 @@ fn linear_cases(test: &str, all: &[Product], race_checked_ones: &[Product]) {
             // Products that two kernels can take are taken by both; the library's are not ours to check.
             let ways: &[_] = match m {
                 _ if race_checked() => &[Products::Own],
-                ..=128 => &[Products::Library, Products::Own],
+                ..=256 => &[Products::Library, Products::Own],
                 _ => &[Products::Library],
             };
             for products in ways {
@@ -142,7 +155,7 @@ fn linear_case(r: &mut Rig, m: usize, n: usize, k: usize) {
     let out = r.out(&[m, k]);
     r.b.rms_norm(&xt, &norm, &out).unwrap();
     r.close(&format!("norm {what}"), &r.get(&out), &xn);
-    if gates(m, n) {
+    if gates(m, n, k) {
         let out = r.out(&[m, n / 2]);
         let args = Linear { norm: Some(&norm), bias: None, ..args };
         r.b.gated_linear(&args, Activation::Silu, &out).unwrap();
@@ -176,7 +189,7 @@ fn folded_case(
     let out = r.out(&[m, n]);
     r.b.linear(&args, &out).unwrap();
     r.close(&what, &r.get(&out), &product);
-    if gates(m, n) {
+    if gates(m, n, k) {
         let out = r.out(&[m, n / 2]);
         r.b.gated_linear(&args, Activation::Silu, &out).unwrap();
         r.close(&format!("gated {what}"), &r.get(&out), &gated(&product, n));
@@ -185,6 +198,7 @@ fn folded_case(
 
 /// Whether a product is to be gated. Of more than a few rows, some are the library's, whose kernels do not run under
 /// racecheck.
-fn gates(m: usize, n: usize) -> bool {
-    !race_checked() || m <= 16 || (m <= 64 && (n / 2).is_multiple_of(8))
+fn gates(m: usize, n: usize, k: usize) -> bool {
+    let strips = m <= 64 || (m <= 128 && k == 1024 && (4096..=6144).contains(&n));
+    !race_checked() || m <= 16 || (strips && (n / 2).is_multiple_of(8))
 }
