@@ -258,9 +258,9 @@ template <int SHARE> struct Inbox {
     __device__ __forceinline__ u32 at(int from, int place, int half) const {
         return memory + (((from * SHARE + place) * 2 + half) * 2 * TEAM + threadIdx.x) * 16;
     }
-    // What comes of so many units, each of which a warp sends for each 16 rows.
+    // What comes of so many units, each of which a warp of another block sends for each 16 rows.
     __device__ __forceinline__ u32 bytes(const Args &a, int units) const {
-        return BLOCKS * (units * ((a.rows + 15) / 16) * 32 * 2 * 16 + (NORM ? X_ROWS * 4 : 0));
+        return (BLOCKS - 1) * units * ((a.rows + 15) / 16) * 32 * 2 * 16 + (NORM ? BLOCKS * X_ROWS * 4 : 0);
     }
     // One thread's, to all that store.
     template <typename Units> __device__ __forceinline__ void send_square(int row, float square, int to, Units units_of) const {
@@ -274,11 +274,18 @@ template <int SHARE> struct Inbox {
 #pragma unroll
         for (int place = 0; place < SHARE; place++)
             if (stored(place) < COUNT / 8) Corner(row, unit + stored(place)).load(a, before[place]);
+        // Each block to another one at a time; what is its own a thread only leaves for itself.
 #pragma unroll
-        for (int i = 0; i < COUNT; i += 4) {
-            if (!mine) break;
-            int to = i / 8 % BLOCKS;
-            send(address_in(at(rank, i / 8 / BLOCKS, i / 4 % 2), to), address_in(arrived, to), sums[i], sums[i + 1], sums[i + 2], sums[i + 3]);
+        for (int turn = 0; turn < BLOCKS; turn++) {
+            int to = (rank + turn) % BLOCKS;
+            u32 there = address_in(memory, to) - memory, barrier = address_in(arrived, to);
+#pragma unroll
+            for (int i = 0; i < COUNT; i += 4) {
+                if (!mine || i / 8 % BLOCKS != to) continue;
+                u32 place = at(rank, i / 8 / BLOCKS, i / 4 % 2);
+                if (turn == 0) store_shared(place, sums[i], sums[i + 1], sums[i + 2], sums[i + 3]);
+                else send(there + place, barrier, sums[i], sums[i + 1], sums[i + 2], sums[i + 3]);
+            }
         }
         if (units) barrier_wait_for_cluster(arrived, 0);
         if (!mine) return;
