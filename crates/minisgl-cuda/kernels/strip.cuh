@@ -3,8 +3,11 @@
 //
 // A block has a strip of w: UNITS units of 16 rows (gated: 8 of the gate and 8 of up), so many that nearly every
 // multiprocessor has one. It walks along k in steps of 64 elements, of w and of x together, which comes from L2:
-// the higher the strip, the fewer bytes of x a byte of w. A warp fetches steps ahead, w of the first ones before
-// the kernels in front are done. Two warpgroups multiply.
+// the higher the strip, the fewer bytes of x a byte of w. A warp fetches w of steps ahead, of the first ones before
+// the kernels in front are done, another one x. Two warpgroups multiply.
+//
+// What is done once is kept short: each instruction of a warp that has its scheduler nearly to itself takes some 4 ns. So
+// sums go to shared memory as they are, and what makes results of them is a loop over pieces of rows.
 //
 // With NORM, whose weights are in w: out[m, n] = rsqrt(mean x² + eps) · Σ_k x[m, k] · w[n, k].
 
