@@ -1,7 +1,7 @@
 // Products as in `strip.cuh`, of so large a w that little else counts: up to 64 rows.
 //
 // Each warpgroup multiplies x by a half of the strip. Where strips would be so low that x had most of the bytes, a
-// cluster of BLOCKS blocks has one higher strip and divides k. In a step's place come sums, when all are taken.
+// cluster of BLOCKS blocks has one higher strip and divides k. Sums come in the rings' place, when all steps are taken.
 //
 // With NORM a third warpgroup gathers Σ x² from the steps in shared memory.
 
@@ -14,9 +14,9 @@
 // Units of a block's of a strip that a warpgroup stores, at most, and of both.
 #define SHARE ((UPPER + BLOCKS - 1) / BLOCKS)
 __device__ __forceinline__ int units_of(int rank) { return (UPPER - rank + BLOCKS - 1) / BLOCKS + (LOWER - rank + BLOCKS - 1) / BLOCKS; }
-// Named barriers: a single block's steps are taken, and its sums are left.
+// Named barriers: a single block's steps are taken, and its sums are there.
 #define TAKEN 1
-#define LEFT 2
+#define SUMMED 2
 
 // A warpgroup's sums of OURS units of a strip from `first_unit` on, over this block's k. Behind X_ROWS, if these are
 // fewer than 64, it reads what is nobody's rows.
@@ -55,7 +55,7 @@ template <int OURS> __device__ __forceinline__ void multiply(const Args &a, cons
         Outbox box = {s.x, inbox.squares};
         named_barrier(TAKEN, (2 + NORM) * TEAM);
         if (row < X_ROWS) box.put(0, row, first_unit, mine);
-        named_barrier(LEFT, 2 * TEAM);
+        named_barrier(SUMMED, 2 * TEAM);
         box.store<1>(a, p.strip);
         return;
     }
