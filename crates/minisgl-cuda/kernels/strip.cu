@@ -87,7 +87,7 @@ __device__ __forceinline__ void gather(const Args &a, const Part &p, const Rings
     leave_rings(drained);
 #pragma unroll
     for (int to = 0; to < BLOCKS; to++)
-        if (sharer == 0) inbox.send_square(row, squares, to, units_of);
+        if (sharer == 0 && units_of(to)) inbox.send_square(row, squares, to);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)

@@ -265,9 +265,8 @@ template <int SHARE> struct Inbox {
     __device__ __forceinline__ u32 bytes(const Args &a, int units) const {
         return (BLOCKS - 1) * units * ((a.rows + 15) / 16) * 32 * 2 * 16 + (NORM ? BLOCKS * X_ROWS * 4 : 0);
     }
-    // One thread's, to all that store.
-    template <typename Units> __device__ __forceinline__ void send_square(int row, float square, int to, Units units_of) const {
-        if (units_of(to)) send(address_in(shared_address(squares + rank * X_ROWS + row), to), address_in(arrived, to), square);
+    __device__ __forceinline__ void send_square(int row, float square, int to) const {
+        send(address_in(shared_address(squares + rank * X_ROWS + row), to), address_in(arrived, to), square);
     }
     // Sends a warp's sums of units from `unit` on, and adds up and stores what is this block's.
     template <int COUNT> __device__ __forceinline__ void exchange(const Args &a, int row, int unit, const float (&sums)[COUNT], int units) const {

@@ -33,7 +33,7 @@ __device__ __forceinline__ void multiply(const Args &a, const Part &p, const Rin
     int to = threadIdx.x & 3;
 #pragma unroll
     for (int h = 0; NORM && h < 2; h++)
-        if (to < BLOCKS) inbox.send_square(row + 8 * h, all.squares[h], to, units_of);
+        if (to < BLOCKS && units_of(to)) inbox.send_square(row + 8 * h, all.squares[h], to);
     inbox.exchange(a, row, p.strip * UNITS, all.d, units_of(p.rank));
 }
 

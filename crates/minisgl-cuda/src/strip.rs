@@ -1,4 +1,4 @@
-//! Matrix products of dozens of rows on Hopper, by strips of weights: `kernels/strip.cu`, `strip_short.cu` and
+//! Matrix products of dozens of rows on Hopper, of small matrices up to 256, by strips of weights: `kernels/strip.cu`, `strip_short.cu` and
 //! `strip_tall.cu`.
 
 use std::ops::RangeInclusive;
