@@ -115,7 +115,9 @@ def test_stop_and_length(client):
     text = "".join(chunk.choices[0].delta.content or "" for chunk in streamed)
     assert text == whole.split("the Pacific")[0]
     for name in ["max_tokens", "max_completion_tokens"]:
-        answer = client.chat.completions.create(model=MODEL, messages=QUESTION, **{name: 3})
+        answer = client.chat.completions.create(
+            model=MODEL, messages=QUESTION, temperature=0, **{name: 3}
+        )
         assert answer.choices[0].finish_reason == "length"
         assert answer.usage.completion_tokens == 3
 
