@@ -114,7 +114,7 @@ impl<E: Element> Form<E> for Floats {
         by_eights!(S, queries.len(), |from, R| {
             let q = array!(R, &[] as &[f32], |r| &q[(queries.start + from + r) * dim..][..dim]);
             for (keys, scores) in floats.k.chunks_exact(dim).zip(&mut scores.0[..groups]) {
-                let products = plain::<S, f32, R>(s, keys, q);
+                let products = plain::<S, f32, R>(s, keys, q, false);
                 for (r, product) in products.into_iter().enumerate() {
                     s.store(product, &mut scores.0[from + r]);
                 }
@@ -139,7 +139,7 @@ impl<E: Element> Form<E> for Floats {
             let keys = groups * LANES;
             let weights = array!(R, &[] as &[f32], |r| &weights[r].as_flattened()[..keys]);
             for c in 0..vectors {
-                let products = plain::<S, f32, R>(s, &floats.v[c * TILE..][..keys], weights);
+                let products = plain::<S, f32, R>(s, &floats.v[c * TILE..][..keys], weights, false);
                 for (r, product) in products.into_iter().enumerate() {
                     let query = queries.start + from + r;
                     let out = &mut span.out[query * vectors + c];

@@ -241,13 +241,15 @@ impl<'a, C: Codes, Z: Scales> BlockProduct<'a, C, Z> {
         (&scales[..blocks / Self::GROUP.0 * Self::GROUP.1], bytemuck::cast_slice(codes))
     }
 
-    /// The product with rows `from..from + R` of a panel, whose columns are `height` rows high.
+    /// The product with rows `from..from + R` of a panel, whose columns are `height` rows high. Meanwhile the tile behind
+    /// this one is fetched, if it is to be.
     #[inline(always)]
     fn sums<S: Simd, const R: usize>(
         s: S,
         (scales, codes): Parts<'_>,
         (panel, height): (&[Quantized], usize),
         from: usize,
+        fetches: bool,
     ) -> [S::F32; R] {
         let mut sums = [s.splat(0.0); R];
         let tile_bytes = scales.len().next_multiple_of(64) + size_of_val(codes);
@@ -255,8 +257,7 @@ impl<'a, C: Codes, Z: Scales> BlockProduct<'a, C, Z> {
         for group in scales.chunks_exact(Self::GROUP.1) {
             let (head, scales) = group.split_at(Z::HEAD.1);
             for (scales, (x, codes)) in scales.chunks_exact(Z::BYTES).zip(&mut blocks) {
-                if R == 1 {
-                    // Next comes the tile behind this one, from memory.
+                if fetches {
                     s.will_read(&scales[0], tile_bytes);
                     for line in codes {
                         s.will_read(&line.0[0], tile_bytes);
@@ -380,9 +381,11 @@ impl<C: Codes, Z: Scales> Kernel for BlockProduct<'_, C, Z> {
         let TileProduct { tile, x, out, .. } = self.product;
         let across = x.cols / 32;
         let parts = Self::split(tile, across);
-        for (out, panel) in out.chunks_mut(PANEL).zip(x.blocks.chunks_exact(across * x.height)) {
+        let panels = x.blocks.chunks_exact(across * x.height).enumerate();
+        for (out, (index, panel)) in out.chunks_mut(PANEL).zip(panels) {
             by_fours!(0..out.len(), |from, R| {
-                let sums = Self::sums::<S, R>(s, parts, (panel, x.height), from);
+                let is_first = index + from == 0;
+                let sums = Self::sums::<S, R>(s, parts, (panel, x.height), from, is_first);
                 for (sum, out) in sums.into_iter().zip(&mut out[from..]) {
                     s.store(sum, out);
                 }

@@ -28,16 +28,20 @@ impl Element for f16 {
     }
 }
 
-/// The product of a tile's columns with `R` rows of f32.
+/// The product of a tile's columns with `R` rows of f32. Meanwhile the tile behind this one is fetched, if it is to be.
 #[inline(always)]
 pub fn plain<S: Simd, E: Element, const R: usize>(
     s: S,
     columns: &[[E; LANES]],
     x: [&[f32]; R],
+    fetches: bool,
 ) -> [S::F32; R] {
     let x = array!(R, &[] as &[f32], |r| &x[r][..columns.len()]);
     let mut sums = [s.splat(0.0); R];
     for (k, column) in columns.iter().enumerate() {
+        if fetches {
+            s.will_read(&bytemuck::bytes_of(column)[0], size_of_val(columns));
+        }
         let w = E::load(s, column);
         for r in 0..R {
             sums[r] = s.fma(w, s.splat(x[r][k]), sums[r]);
@@ -63,7 +67,7 @@ impl<E: Element> Kernel for PlainProduct<'_, E> {
         let columns: &[[E; LANES]] = bytemuck::cast_slice(tile);
         by_eights!(S, out.len(), |from, R| {
             let x = array!(R, &[] as &[f32], |r| &x.floats[(from + r) * x.cols..][..x.cols]);
-            let sums = plain::<S, E, R>(s, columns, x);
+            let sums = plain::<S, E, R>(s, columns, x, from == 0);
             for (sum, out) in sums.into_iter().zip(&mut out[from..]) {
                 s.store(sum, out);
             }
@@ -91,7 +95,7 @@ impl Kernel for PairProduct<'_> {
         }
         by_eights!(S, out.len(), |from, R| {
             let x = array!(R, &[] as &[f32], |r| &x.floats[(from + r) * x.cols..][..x.cols]);
-            let sums = widened::<S, R>(s, tile, x);
+            let sums = widened::<S, R>(s, tile, x, from == 0);
             for (sum, out) in sums.into_iter().zip(&mut out[from..]) {
                 s.store(sum, out);
             }
@@ -99,13 +103,19 @@ impl Kernel for PairProduct<'_> {
     }
 }
 
+/// As `plain`, of columns in pairs.
 #[inline(always)]
-fn widened<S: Simd, const R: usize>(s: S, pairs: &[Line], x: [&[f32]; R]) -> [S::F32; R] {
+fn widened<S: Simd, const R: usize>(
+    s: S,
+    pairs: &[Line],
+    x: [&[f32]; R],
+    fetches: bool,
+) -> [S::F32; R] {
     let mut sums = [s.splat(0.0); R];
     let cols = x[0].len();
     let x = array!(R, &[] as &[f32], |r| &x[r][..cols]);
     for (k, pair) in pairs[..cols / 2].iter().enumerate() {
-        if R == 1 {
+        if fetches {
             s.will_read(&pair.0[0], size_of_val(pairs));
         }
         let (even, odd) = s.widen(s.load_bytes(&pair.0));

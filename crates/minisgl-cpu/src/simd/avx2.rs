@@ -64,7 +64,7 @@ impl Simd for Avx2 {
     fn will_read(self, line: &u8, ahead: usize) {
         let address = std::ptr::from_ref(line).wrapping_add(ahead);
         // SAFETY: a fetch cannot fail, whatever the address.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) };
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(address.cast()) };
     }
     #[inline(always)]
     fn will_write(self, line: &f32) {

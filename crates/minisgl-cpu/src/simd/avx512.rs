@@ -61,9 +61,13 @@ impl Simd for Avx512 {
 
     #[inline(always)]
     fn will_read(self, line: &u8, ahead: usize) {
-        let address = std::ptr::from_ref(line).wrapping_add(ahead);
-        // SAFETY: a fetch cannot fail, whatever the address.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) };
+        let address = std::ptr::from_ref(line).wrapping_add(ahead).cast();
+        match self.amx {
+            // SAFETY: a fetch cannot fail, whatever the address.
+            Some(_) => unsafe { _mm_prefetch::<_MM_HINT_T0>(address) },
+            // SAFETY: as above.
+            None => unsafe { _mm_prefetch::<_MM_HINT_T1>(address) },
+        }
     }
     #[inline(always)]
     fn will_write(self, line: &f32) {

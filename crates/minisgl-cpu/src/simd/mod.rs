@@ -64,7 +64,8 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// A running sum of products with 8-bit codes.
     type ByteSum: Copy;
 
-    /// Fetches what lies `ahead` bytes behind `line`, and may be no memory at all.
+    /// Fetches what lies `ahead` bytes behind `line`, and may be no memory at all: into the second cache, as more lines can be
+    /// on their way there than to the first one. Into the first on the one machine with AMX that this was measured on.
     fn will_read(self, line: &u8, ahead: usize);
     /// Fetches the line that will be written to.
     fn will_write(self, line: &f32);
