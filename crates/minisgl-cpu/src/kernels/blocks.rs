@@ -4,7 +4,7 @@ use std::marker::PhantomData;
 
 use half::f16;
 
-use super::{PANEL, Quantized, TileProduct, UnitRoom, by_fours};
+use super::{PANEL, Quantized, TileProduct, UnitRoom, by_eights};
 use crate::simd::{Aligned, Kernel, LANES, Line, MatrixUnit, Products, Simd, array};
 
 /// Blocks that are unpacked at a time: with their rows of a panel they fit into the first cache.
@@ -383,7 +383,7 @@ impl<C: Codes, Z: Scales> Kernel for BlockProduct<'_, C, Z> {
         let parts = Self::split(tile, across);
         let panels = x.blocks.chunks_exact(across * x.height).enumerate();
         for (out, (index, panel)) in out.chunks_mut(PANEL).zip(panels) {
-            by_fours!(0..out.len(), |from, R| {
+            by_eights!(S, out.len(), |from, R| {
                 let is_first = index + from == 0;
                 let sums = Self::sums::<S, R>(s, parts, (panel, x.height), from, is_first);
                 for (sum, out) in sums.into_iter().zip(&mut out[from..]) {
