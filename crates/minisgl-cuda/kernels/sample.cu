@@ -3,7 +3,9 @@
 // plain draw, and histograms over the bits of the logits for top-k and top-p. Sums that decide
 // are 64-bit integers, so that they do not depend on the order of addition.
 
+#ifndef CHUNK
 #define CHUNK 512
+#endif
 
 __device__ __forceinline__ u32 ordered(float x) {  // larger floats have larger keys
     u32 bits = __float_as_uint(x);

@@ -12,7 +12,7 @@ use rayon::prelude::*;
 const SEEDS: [&str; 4] = ["1", "2", "3", "4"];
 
 /// Programs of `emulator`, and what the kernel is specialised by.
-const PROGRAMS: [(&str, &[(&str, i32)]); 22] = [
+const PROGRAMS: [(&str, &[(&str, i32)]); 24] = [
     ("attend", &[("DIM", 128), ("GROUP", 2), ("SECOND", 2), ("LATE", 32)]),
     ("attend", &[("DIM", 128), ("GROUP", 2), ("SECOND", 8), ("LATE", 18)]),
     ("attend", &[("DIM", 64), ("GROUP", 12), ("SECOND", 2), ("LATE", 0)]),
@@ -25,6 +25,8 @@ const PROGRAMS: [(&str, &[(&str, i32)]); 22] = [
     ("narrow", &[("ROWS", 32), ("GROUPS", 2), ("GATED", 1), ("NORM", 1)]),
     ("prefill", &[("DIM", 128), ("GROUP", 2), ("SOFT_CAP", 0)]),
     ("prefill", &[("DIM", 64), ("GROUP", 3), ("SOFT_CAP", 1)]),
+    ("sample", &[("CHUNK", 128)]),
+    ("sample", &[("CHUNK", 512)]),
     ("stream", &[("HALVES", 1), ("TILES", 1), ("GATED", 0), ("NORM", 0), ("OUT_F32", 0)]),
     ("stream", &[("HALVES", 1), ("TILES", 2), ("GATED", 1), ("NORM", 1), ("OUT_F32", 0)]),
     ("stream", &[("HALVES", 2), ("TILES", 1), ("GATED", 0), ("NORM", 1), ("OUT_F32", 1)]),

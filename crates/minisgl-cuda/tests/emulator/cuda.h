@@ -1,6 +1,7 @@
 // What the compiler of kernels knows by itself, as far as the kernels here use it.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 
 #include "machine.h"
@@ -21,6 +22,7 @@
 
 struct __align__(8) float2 { float x, y; };
 struct __align__(16) float4 { float x, y, z, w; };
+struct __align__(8) int2 { int x, y; };
 struct __align__(8) uint2 { unsigned x, y; };
 struct __align__(16) uint4 { unsigned x, y, z, w; };
 inline float2 make_float2(float x, float y) { return {x, y}; }
@@ -30,6 +32,9 @@ inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return
 
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
+inline unsigned min(unsigned a, unsigned b) { return a < b ? a : b; }
+inline unsigned long long min(unsigned long long a, unsigned long long b) { return a < b ? a : b; }
+inline unsigned long long max(unsigned long long a, unsigned long long b) { return a > b ? a : b; }
 inline float rsqrtf(float x) { return 1.f / sqrtf(x); }
 inline float __expf(float x) { return expf(x); }
 inline float __fdividef(float x, float y) { return x / y; }
@@ -40,6 +45,15 @@ inline float __uint_as_float(unsigned bits) {
     memcpy(&x, &bits, sizeof x);
     return x;
 }
+inline float __int_as_float(int bits) { return __uint_as_float(unsigned(bits)); }
+inline unsigned __float_as_uint(float x) {
+    unsigned bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+inline int __float_as_int(float x) { return int(__float_as_uint(x)); }
+inline unsigned __umulhi(unsigned a, unsigned b) { return unsigned(uint64_t(a) * b >> 32); }
+inline float __logf(float x) { return logf(x); }
 
 inline void __syncthreads() { machine::named_meeting(0).meet(machine::block_dim.x); }
 inline void __threadfence() {}
@@ -76,10 +90,20 @@ inline unsigned __ballot_sync(unsigned, bool mine) {
     });
 }
 
+inline unsigned __reduce_min_sync(unsigned, unsigned mine) {
+    return exchange(mine, [](auto of) {
+        unsigned least = of(0);
+        for (int lane = 1; lane < machine::LANES; lane++) least = std::min(least, of(lane));
+        return least;
+    });
+}
+
 template <typename V> V __ldg(const V *from) { return *from; }
 template <typename V> V __ldcg(const V *from) { return *from; }
-inline int atomicAdd(int *to, int value) {
-    int old = *to;
+template <typename V> V atomicAdd(V *to, V value) {
+    V old = *to;
     *to += value;
     return old;
 }
+inline void atomicMin(int *to, int value) { *to = min(*to, value); }
+template <typename V> void atomicMax(V *to, V value) { *to = std::max(*to, value); }

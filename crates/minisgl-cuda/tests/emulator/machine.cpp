@@ -18,7 +18,7 @@ namespace machine {
 
 thread_local Thread *current;
 bool previous_has_ended;
-Index block_dim, grid_dim;
+Index block_dim, grid_dim{0, 1};
 
 namespace {
 

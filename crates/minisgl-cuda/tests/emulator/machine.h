@@ -43,7 +43,8 @@ struct Warp {
 };
 
 struct Block;
-struct Index { unsigned x; };
+// Grids have one row.
+struct Index { unsigned x, y = 0; };
 
 // Copies for which a thread waits together. Half of them do not land before it does.
 struct CopyGroup {
