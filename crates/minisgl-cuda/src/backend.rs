@@ -52,7 +52,7 @@ pub enum Products {
     Library,
     /// Those of up to 16 rows `kernels/stream.cu` or `gemv.cu`, of up to 8 with long rows of weights
     /// `wide.cu`, of 17 to 64 `narrow.cu`, `strip.cu` (large matrices) or `strip_short.cu` (short rows of weights), of
-    /// 65 to 128 `strip_tall.cu` (small matrices), each where it is faster, and cuBLASLt the others.
+    /// 65 to 256 `strip_tall.cu` (small matrices), each where it is faster, and cuBLASLt the others.
     #[default]
     Own,
 }

@@ -77,8 +77,15 @@ fn kernels_compile_without_spills() {
                 check(Module::StripShort, &defines, arch, false, true);
             }
         }
-        for (units, blocks, gated, norm) in [(3, 4, 0, 0), (4, 2, 0, 1), (8, 2, 1, 1), (8, 4, 0, 1)]
-        {
+        for (units, blocks, gated, norm) in [
+            (3, 1, 1, 1),
+            (4, 1, 0, 1),
+            (8, 1, 1, 1),
+            (3, 4, 0, 0),
+            (4, 2, 0, 1),
+            (8, 2, 1, 1),
+            (8, 4, 0, 1),
+        ] {
             let defines = [
                 ("X_ROWS", 128),
                 ("UNITS", units),
