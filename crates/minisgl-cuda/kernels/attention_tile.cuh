@@ -102,10 +102,8 @@ __device__ __forceinline__ void add_token(const NewToken &n, int row, u32 tile) 
             if (n.k_to) *(u32 *)(n.k_to + i) = rotated, *(u32 *)(n.v_to + i) = value[j][half];
         }
     }
-    for (int i = lane; i < (TILE - 1 - row) * (DIM / 8) * 4; i += 32) {
-        int j = i / 4;
-        store_shared(tile + MATRIX_BYTES + in_tile(row + 1 + j / (DIM / 8), j % (DIM / 8)) + i % 4 * 4, 0);
-    }
+    for (int i = lane; i < (TILE - 1 - row) * (DIM / 8); i += 32)
+        store_shared(tile + MATRIX_BYTES + in_tile(row + 1 + i / (DIM / 8), i % (DIM / 8)), make_uint4(0, 0, 0, 0));
     // The copy engine may overwrite this only behind it.
     publish_shared();
     __syncwarp();

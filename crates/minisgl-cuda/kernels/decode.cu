@@ -319,7 +319,8 @@ extern "C" __global__ void __launch_bounds__(PLANNED) plan(const Args a) {
 }
 
 extern "C" __global__ void __launch_bounds__(32 * (WARPS + FETCHERS + 1), 1)
-decode(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map, const Args a) {
+decode(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map, const __grid_constant__ TensorMap half_k_map,
+       const __grid_constant__ TensorMap half_v_map, const Args a) {
     extern __shared__ unsigned char memory[];
     __shared__ u64 barrier_words[2 * STAGES_MAX + 4];
     __shared__ Entry entries[ENTRIES_MAX + 1];
@@ -327,7 +328,7 @@ decode(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
     let_next_start();
     int warp = threadIdx.x / 32;
     bool fetches = warp >= WARPS && warp < WARPS + FETCHERS;
-    if (threadIdx.x == 32 * WARPS) prefetch_map(k_map), prefetch_map(v_map);
+    if (threadIdx.x == 32 * WARPS) prefetch_map(k_map), prefetch_map(v_map), prefetch_map(half_k_map), prefetch_map(half_v_map);
     u32 tiles = (shared_address(memory) + 1023) / 1024 * 1024, barriers = shared_address(barrier_words);
     unsigned char *behind = memory + (tiles - shared_address(memory)) + a.stages * STAGE_BYTES;
     bf16 *q = (bf16 *)behind;
@@ -343,7 +344,7 @@ decode(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
     Segment s = load_planned(&plan->first);
     if (fetches) init_stages(ring, warp - WARPS);
     bool has_any = work.tiles() > 0;
-    if (has_any && fetches) fetch_all(a, work, place, k_map, v_map, ring, warp - WARPS);
+    if (has_any && fetches) fetch_all(a, work, place, {k_map, v_map, half_k_map, half_v_map}, ring, warp - WARPS);
     else if (has_any && warp >= WARPS) read_entries(a, work, entries);
     if (a.wait != WAIT_LAST) wait_for_previous();
     if (has_any && !fetches) {

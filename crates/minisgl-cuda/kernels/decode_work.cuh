@@ -227,13 +227,22 @@ struct Ring {
     }
 };
 
-// Where the block's tile `index` begins in the cache, in rows.
+// How much of a tile is fetched. Of a row's last one, what is in front of its new token, which comes by another way: all,
+// half or nothing.
+enum Extent { WHOLE_TILE, HALF_TILE, NO_TILE };
+
+// Where the block's tile `index` begins in the cache, in rows, which is a multiple of TILE; and its extent.
 __device__ __forceinline__ int find(const Args &a, const Work &work, int index) {
     if (index >= work.tiles()) return 0;
     Segment s = work.at(index);
     int token = (s.seen_from + s.first) * TILE, inside = token & (1 << a.page_shift) - 1;
     int page = a.page_table[(long long)work.entries[s.row].slot * a.pages_a_row + (token >> a.page_shift)];
-    return (page * a.kv_heads + s.kv_head << a.page_shift) + inside;
+    int older = TILE;
+#if CASCADE
+    if (is_own(a, s.row))
+#endif
+    if (s.first == s.tiles - 1) older = s.kv_len - 1 & TILE - 1;
+    return (page * a.kv_heads + s.kv_head << a.page_shift) + inside + (older == 0 ? NO_TILE : older <= TILE / 2 ? HALF_TILE : WHOLE_TILE);
 }
 
 // The barriers of the stages that a warp fetches into, by this warp.
@@ -246,10 +255,30 @@ __device__ __forceinline__ void init_stages(const Ring &ring, int fetcher) {
     __syncwarp();
 }
 
+// K and V: whole tiles, and a part of half of one.
+struct Maps { const TensorMap &k, &v, &half_k, &half_v; };
+
+__device__ __forceinline__ void fetch_tile(u32 to, const Maps &maps, u32 barrier, int place) {
+    int y = place & ~(TILE - 1), extent = place & TILE - 1;
+    if (extent == WHOLE_TILE) {
+        barrier_expect(barrier, STAGE_BYTES);
+        fetch_parts(to, maps.k, barrier, y);
+        fetch_parts(to + MATRIX_BYTES, maps.v, barrier, y);
+    } else if (extent == HALF_TILE) {
+        barrier_expect(barrier, STAGE_BYTES / 2);
+        for (int part = 0; part < DIM / 64; part++) {
+            fetch_parts(to + part * TILE * 128, maps.half_k, barrier, y, part);
+            fetch_parts(to + part * TILE * 128 + MATRIX_BYTES, maps.half_v, barrier, y, part);
+        }
+    } else {
+        barrier_arrive(barrier);
+    }
+}
+
 // Of every FETCHERS tiles of the block's share, the one that is this warp's, of which each lane has the `place` of one
 // of the first 32. Lanes look up 32 tiles while 32 are fetched. No more than `ahead` tiles are on their way at once,
 // also where there is room: memory serves more of them more slowly.
-__device__ __forceinline__ void fetch_all(const Args &a, const Work &work, int place, const TensorMap &k_map, const TensorMap &v_map, Ring ring, int fetcher) {
+__device__ __forceinline__ void fetch_all(const Args &a, const Work &work, int place, const Maps &maps, Ring ring, int fetcher) {
     int lane = threadIdx.x & 31, next = place;
     // When some are on their way, which all had room at once: none waits for a warp that waits for the entries.
     int look = min(4, ring.stages / FETCHERS);
@@ -271,9 +300,7 @@ __device__ __forceinline__ void fetch_all(const Args &a, const Work &work, int p
                 barrier_wait(barrier - 8 * a.ahead + (is_older ? 8 * ring.stages : 0), ring.parity ^ u32(is_older));
             }
             barrier_wait(ring.free + 8 * ring.stage, ring.parity ^ 1);
-            barrier_expect(barrier, STAGE_BYTES);
-            fetch_parts(to, k_map, barrier, y);
-            fetch_parts(to + MATRIX_BYTES, v_map, barrier, y);
+            fetch_tile(to, maps, barrier, y);
         }
     }
 }

@@ -129,13 +129,13 @@ __device__ __forceinline__ void fetch_groups(u32 to, const TensorMap &map, u32 b
                  "[%0], [%1, {%3, %5, %5, %4}], [%2], %6;"
                  :: "r"(to), "l"(&map), "r"(barrier), "r"(x), "r"(y), "r"(0), "l"(policy) : "memory");
 }
-// The box of all parts of 64 columns, from row `y` on: a part behind the other. Read once: L2 lets go of it
-// before it does of weights and activations.
-__device__ __forceinline__ void fetch_parts(u32 to, const TensorMap &map, u32 barrier, int y) {
+// The box of parts of 64 columns from `part` on, all or one, from row `y` on: a part behind the other. Read once: L2 lets
+// go of it before it does of weights and activations.
+__device__ __forceinline__ void fetch_parts(u32 to, const TensorMap &map, u32 barrier, int y, int part = 0) {
     asm volatile("{\n.reg .b64 policy;\ncreatepolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
                  "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
-                 "[%0], [%1, {%3, %4, %3}], [%2], policy;\n}"
-                 :: "r"(to), "l"(&map), "r"(barrier), "r"(0), "r"(y) : "memory");
+                 "[%0], [%1, {%3, %4, %5}], [%2], policy;\n}"
+                 :: "r"(to), "l"(&map), "r"(barrier), "r"(0), "r"(y), "r"(part) : "memory");
 }
 
 // Blocks of a cluster: they see each other's shared memory.

@@ -116,7 +116,7 @@ impl Block {
 /// A launch of `decode` behind its plan.
 pub(crate) struct PlannedDecode {
     function: Function,
-    maps: [TensorMap; 2],
+    maps: [TensorMap; 4],
     shape: Launch,
     start: Start,
     args: Args,
@@ -356,10 +356,11 @@ impl CudaBackend {
             // SAFETY: `Args` has the kernel's layout; its addresses are the step's tensors.
             unsafe { self.device.launch_struct(function, shape, &args) }?;
         }
-        let map = |pages| page_matrix(pages, a, TILE).map_parts();
+        let tiles = |pages| page_matrix(pages, a, TILE).map_parts(dim / 64);
+        let halves = |pages| page_matrix(pages, a, TILE / 2).map_parts(1);
         Ok(PlannedDecode {
             function: self.kernels.get(module, &defines, "decode")?,
-            maps: [map(&a.kv.k)?, map(&a.kv.v)?],
+            maps: [tiles(&a.kv.k)?, tiles(&a.kv.v)?, halves(&a.kv.k)?, halves(&a.kv.v)?],
             shape: Launch {
                 grid: [blocks, 1, 1],
                 threads: 32 * (warps + fetchers + 1),
@@ -373,8 +374,9 @@ impl CudaBackend {
     }
 
     pub(crate) fn decode(&self, planned: &PlannedDecode) -> Result<()> {
-        let PlannedDecode { function, maps: [k, v], shape, start, args } = planned;
-        let mut words = [address_of(k), address_of(v), address_of(args)];
+        let PlannedDecode { function, maps: [k, v, half_k, half_v], shape, start, args } = planned;
+        let mut words = [k, v, half_k, half_v].map(address_of).to_vec();
+        words.push(address_of(args));
         // SAFETY: the kernel's parameters in order; the maps cover the cache, the rest is the step's.
         unsafe { self.device.launch_when(*start, *function, *shape, &mut words) }
     }

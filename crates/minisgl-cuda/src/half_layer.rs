@@ -253,7 +253,8 @@ impl CudaBackend {
             soft_cap: 0.0,
             window: a.attention.window.map_or(0, |window| window as i32),
         };
-        let map = |pages| page_matrix(pages, &a.attention, TILE).map_parts();
+        let map =
+            |pages| page_matrix(pages, &a.attention, TILE).map_parts(a.attention.heads.dim / 64);
         let (k, v) = (map(&kv.k)?, map(&kv.v)?);
         let mut words = [address_of(&k), address_of(&v), address_of(&args)];
         // SAFETY: the kernel's parameters in order; the maps cover the cache, the rest is the step's.

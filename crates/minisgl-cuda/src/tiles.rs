@@ -28,11 +28,12 @@ impl Matrix {
         self.encode(&[self.cols, self.rows], &[self.cols * 2], &[64, self.box_rows], L2_PROMOTION)
     }
 
-    /// A box is all columns of its rows: parts of 64 columns behind one another, each as `map`'s. L2 reads no more than it
-    /// is asked for: decode attention of 64 rows took 4% longer where it read 256 bytes at once (h200-operations.md).
-    pub(crate) fn map_parts(&self) -> Result<TensorMap> {
-        let parts = self.cols / 64;
-        let (sizes, extent) = ([64, self.rows, parts], [64, self.box_rows, parts]);
+    /// Columns in parts of 64: a box is so many parts of its rows behind one another, each as `map`'s. L2 reads no more
+    /// than it is asked for: decode attention of 64 rows took 4% longer where it read 256 bytes at once
+    /// (h200-operations.md).
+    pub(crate) fn map_parts(&self, box_parts: usize) -> Result<TensorMap> {
+        let sizes = [64, self.rows, self.cols / 64];
+        let extent = [64, self.box_rows, box_parts];
         self.encode(&sizes, &[self.cols * 2, 128], &extent, P::CU_TENSOR_MAP_L2_PROMOTION_NONE)
     }
 

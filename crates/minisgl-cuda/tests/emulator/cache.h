@@ -52,6 +52,9 @@ struct Cache {
         return ((size_t(page(row, token)) * KV_HEADS + head) * PAGE + token % PAGE) * DIM;
     }
     TensorMap map(const std::vector<bf16> &pages) const { return {pages.data(), int(pages.size() / DIM), DIM}; }
+    TensorMap half_map(const std::vector<bf16> &pages) const {
+        return {.from = pages.data(), .rows = int(pages.size() / DIM), .columns = DIM, .box_rows = 8, .box_parts = 1};
+    }
 
     // A head of the row's new token, normed if there are weights, and rotated.
     void rotate(int row, double *head, const float *norm) const {

@@ -70,7 +70,7 @@ static void check(const std::vector<int> &lens, const std::vector<Cache::Prefix>
         .previous = [&] {
             if (o.wait != WAIT_LAST) qkv = qkv_later, plans = plans_later, entries = entries_later, forget(out), forget(partial);
         },
-        .kernel = [&] { decode(cache.map(cache.k), cache.map(cache.v), args); },
+        .kernel = [&] { decode(cache.map(cache.k), cache.map(cache.v), cache.half_map(cache.k), cache.half_map(cache.v), args); },
     });
     for (int row = 0; row < rows; row++) {
         std::vector<double> made, got;
@@ -96,7 +96,8 @@ int main(int count, char **seeds) {
         check({577, 900, 577, 20}, {{{0, 1, 2}, 544}}, {.blocks = 1, .wait = WAIT_FETCHING, .scores = {scale, 0.f, 0}});
 #else
         check({1}, {}, {.blocks = 2, .wait = WAIT_FETCHING, .scores = {scale, 0.f, 0}});
-        check({100, 33, 0, 300, 16, 17}, {}, {.blocks = 5, .wait = WAIT_FETCHING, .scores = {scale, 0.f, 0}});
+        // Last tiles of all that a new token can find in front of it: nothing, half a tile's tokens, one more.
+        check({100, 33, 0, 300, 16, 17, 24, 25, 26}, {}, {.blocks = 5, .wait = WAIT_FETCHING, .scores = {scale, 0.f, 0}});
         // Units of fewer tiles than warps, one behind the other.
         check({20, 5, 40, 33, 17, 300, 16, 9}, {}, {.blocks = 2, .wait = WAIT_FETCHING, .scores = {scale, 0.f, 0}});
         check({700, 90}, {}, {.blocks = 6, .wait = WAIT_FIRST, .scores = {scale, cap, 200}});

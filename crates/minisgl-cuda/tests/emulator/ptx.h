@@ -186,6 +186,8 @@ inline u32 swizzled(u32 place) { return place ^ (place >> 7 & 7) << 4; }
 struct TensorMap {
     const bf16 *from;
     int rows, columns, box_rows = 16, halves = 1;
+    // Parts of 64 columns in a box, where these are not all.
+    int box_parts = 0;
 };
 inline void prefetch_map(const TensorMap &) {}
 // A box at column `x`, whose rows `row_at` names: zeros where the matrix has none.
@@ -211,14 +213,15 @@ inline void fetch_groups(u32 to, const TensorMap &map, u32 barrier, int x, int y
         return row < half ? i / 8 % halves * half + row : -1;
     });
 }
-inline void fetch_parts(u32 to, const TensorMap &map, u32 barrier, int y) {
+inline void fetch_parts(u32 to, const TensorMap &map, u32 barrier, int y, int part = 0) {
     check_aligned("to", to, 1024);
-    land_later(barrier, 16 * map.columns * 2, [=] {
-        for (int row = 0; row < 16; row++)
-            for (int column = 0; column < map.columns; column += 8) {
-                u32 place = to + column / 64 * 16 * 128 + row * 128 + column % 64 * 2;
+    int columns = map.box_parts ? map.box_parts * 64 : map.columns;
+    land_later(barrier, map.box_rows * columns * 2, [=] {
+        for (int row = 0; row < map.box_rows; row++)
+            for (int column = 0; column < columns; column += 8) {
+                u32 place = to + column / 64 * map.box_rows * 128 + row * 128 + column % 64 * 2;
                 unsigned char *bytes = bytes_at(swizzled(place));
-                if (y + row < map.rows) memcpy(bytes, map.from + size_t(y + row) * map.columns + column, 16);
+                if (y + row < map.rows) memcpy(bytes, map.from + size_t(y + row) * map.columns + part * 64 + column, 16);
                 else memset(bytes, 0, 16);
             }
     });

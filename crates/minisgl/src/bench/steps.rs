@@ -52,17 +52,18 @@ impl<E: Engine> StepBench<E> {
     }
 
     /// The mean time of a decode step of `batch` requests whose contexts grow from `context` by
-    /// `steps` tokens.
+    /// `steps` tokens; before, they have taken some to come there.
     ///
     /// # Errors
     /// If the engine is too small for that, or fails.
     pub fn decode(&mut self, batch: usize, context: usize, steps: usize) -> Result<Duration> {
         const WARM_UP: usize = 4;
-        let len = context + WARM_UP + steps;
+        let len = context.max(WARM_UP + 1) + steps;
         self.check_room(batch, len)?;
+        let prompt = len - steps - WARM_UP;
         let shared_pages =
-            self.shared_pages.min(context.saturating_sub(1) / self.engine.limits().page_size);
-        self.fill(batch, context, len, shared_pages)?;
+            self.shared_pages.min(prompt.saturating_sub(1) / self.engine.limits().page_size);
+        self.fill(batch, prompt, len, shared_pages)?;
         let prefix = SharedPrefix { rows: (0..batch as u32).collect(), pages: shared_pages as u32 };
         let tells = self.engine.prefix_rows_max() > 1 && batch > 1 && shared_pages > 0;
         let shared_prefixes: Vec<_> = tells.then_some(prefix).into_iter().collect();
@@ -75,7 +76,7 @@ impl<E: Engine> StepBench<E> {
             let rows = (0..batch)
                 .map(|row| PlanRow {
                     slot: Slot(row as u32),
-                    cached_len: (context + i) as u32,
+                    cached_len: (prompt + i) as u32,
                     extend_len: 1,
                     input: RowInput::Sampled,
                     output: RowOutput::Sample(Arc::clone(&self.sampling)),
@@ -266,9 +267,13 @@ mod tests {
     fn plans_are_what_an_engine_may_expect() {
         let mut bench = StepBench::new(CheckingEngine::default());
         bench.decode(3, 17, 5).unwrap();
-        assert_eq!(bench.engine.tokens, 3 * (17 + 4 + 5));
+        assert_eq!(bench.engine.cached, [22, 22, 22, 0]);
+        assert_eq!(bench.engine.tokens, 3 * (17 + 5));
         bench.prefill(2, 31).unwrap();
-        assert_eq!(bench.engine.tokens, 3 * 26 + 2 * 2 * 31);
+        assert_eq!(bench.engine.tokens, 3 * 22 + 2 * 2 * 31);
+        // Contexts so short that there is no way to them.
+        bench.decode(1, 2, 1).unwrap();
+        assert_eq!(bench.engine.cached[0], 6);
     }
 
     #[test]
@@ -278,7 +283,7 @@ mod tests {
         bench.share(15);
         bench.decode(3, 17, 5).unwrap();
         // Two of three begin behind three pages of four.
-        assert_eq!(bench.engine.tokens, 3 * (17 + 4 + 5) - 2 * 12);
+        assert_eq!(bench.engine.tokens, 3 * (17 + 5) - 2 * 12);
         assert_eq!(bench.engine.told, 4 + 5);
     }
 
