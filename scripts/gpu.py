@@ -74,6 +74,7 @@ RACECHECKED = [
     ("ops", "decodes_over_shared_prefixes"),
     ("ops", "mixture_of_experts"),
     ("ops", "sampling"),
+    ("ops", "logits_and_tokens_of_them"),
     ("ops", "decodes_of_layer_after_layer"),
     ("half_layers", "half_layers_are_the_sum_of_their_parts"),
 ]

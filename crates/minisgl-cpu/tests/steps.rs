@@ -299,6 +299,8 @@ fn sampling_keeps_what_it_may_and_draws_fairly() {
                 position: &r.ints(&positions, &[rows]),
                 slots: &r.ints(&positions, &[rows]),
                 all_greedy: t == 0.0,
+                survey: None,
+                last_use: false,
                 token_table: &table,
                 tokens: &tokens,
             };

@@ -355,9 +355,19 @@ impl<'a> Model<'a> {
         if parts.rest {
             b.gather(&s.x, &s.last, &s.rows_x)?;
         }
-        linear(&s.rows_x, Some(&self.norm), &self.table, Store::Set, &s.logits)?;
+        let [temperature, top_k, top_p, min_p, seed, position, slots, tokens] = &s.sample;
+        let mut survey = None;
+        if parts.linear {
+            let args = Linear {
+                x: &s.rows_x,
+                norm: Some(&self.norm),
+                weight: &self.table,
+                bias: None,
+                store: Store::Set,
+            };
+            survey = b.logits(&args, temperature, &s.logits)?;
+        }
         if parts.rest {
-            let [temperature, top_k, top_p, min_p, seed, position, slots, tokens] = &s.sample;
             let token_table = &self.token_table;
             let args = Sample {
                 temperature,
@@ -368,6 +378,8 @@ impl<'a> Model<'a> {
                 position,
                 slots,
                 all_greedy: false,
+                survey: survey.as_ref(),
+                last_use: true,
                 token_table,
                 tokens,
             };

@@ -76,11 +76,17 @@ fn line(b: &CudaBackend, p: &Product, batches: &[usize]) -> Result<String> {
         let x = b.alloc(DType::BF16, &[rows, p.k])?;
         b.fill_random(&x, 77, 1.0)?;
         let out = b.alloc(p.out, &[rows, if p.gated { p.n / 2 } else { p.n }])?;
+        let temperature = b.alloc(DType::F32, &[rows])?;
+        b.upload(&0.6_f32.to_le_bytes().repeat(rows), &temperature)?;
         let run = |weight: &Weight| {
             let (norm, store) =
                 if p.normed { (Some(&norm), Store::Set) } else { (None, Store::Add) };
             let a = Linear { x: &x, norm, weight, bias: None, store };
-            if p.gated { b.gated_linear(&a, Activation::Silu, &out) } else { b.linear(&a, &out) }
+            match p.out {
+                DType::F32 => b.logits(&a, &temperature, &out).map(drop),
+                _ if p.gated => b.gated_linear(&a, Activation::Silu, &out),
+                _ => b.linear(&a, &out),
+            }
         };
         let mut times = [0.0; 2];
         for (products, time) in [Products::Library, Products::Own].into_iter().zip(&mut times) {

@@ -34,6 +34,11 @@ __device__ __forceinline__ float power_of_2(float x) {
     return y;
 }
 
+// What a line of 128 bytes holds is of no use any more: L2 need not write it to memory.
+__device__ __forceinline__ void discard_line(void *line) {
+    asm volatile("discard.global.L2 [%0], 128;" :: "l"(line) : "memory");
+}
+
 // How many have arrived at `count` before. What the thread, and those that it has met, wrote before is seen by
 // whoever arrives later, and by those that it meets.
 __device__ __forceinline__ int arrive_at(int *count) {

@@ -1,5 +1,5 @@
 // Tokens from logits, without a sort. `survey` reads the logits once and leaves each chunk's
-// maximum, where it is, and its sum of exponentials; `choose` then needs one chunk more for a
+// maximum, where it is, and its sum of exponentials, if `head.cu` has not; `choose` then needs one chunk more for a
 // plain draw, and histograms over the bits of the logits for top-k and top-p. Sums that decide
 // are 64-bit integers, so that they do not depend on the order of addition.
 
@@ -85,9 +85,9 @@ __device__ __forceinline__ Scan scan(u64 own, u64 (&warps)[32]) {
 }
 
 extern "C" __global__ void __launch_bounds__(1024)
-choose(const float *logits, const float4 *stats, const float *temperature, const int *top_k,
+choose(float *logits, const float4 *stats, const float *temperature, const int *top_k,
        const float *top_p, const float *min_p, const int2 *seed, const int *position, const int *slots,
-       int vocab, int chunks, int *token_table, int *tokens) {
+       int vocab, int chunks, int width, int is_last_use, int *token_table, int *tokens) {
     let_next_start();
     wait_for_previous();
     __shared__ u64 mass[256];
@@ -103,18 +103,23 @@ choose(const float *logits, const float4 *stats, const float *temperature, const
     float t = temperature[row], p = top_p[row], least = min_p[row];
     int k = top_k[row];
     float u = uniform(u32(seed[row].x), u32(seed[row].y), u32(position[row]));
-    float4 own_stats = lane < chunks ? stats[lane] : make_float4(-infinity(), 0.f, 0.f, 0.f);
+    float4 own_stats[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++) own_stats[i] = 2 * lane + i < chunks ? stats[2 * lane + i] : make_float4(-infinity(), 0.f, 0.f, 0.f);
     // The highest logit, then the lowest index that has it. Where logits are no numbers, no thread finds anything.
     if (lane == 0) chosen = 0x7fffffff, prefix = 0, budget = 0;
     __shared__ float tops[32];
-    float top = own_stats.x;
-    for (int c = lane + 1024; c < chunks; c += 1024) top = fmaxf(top, stats[c].x);
+    float top = fmaxf(own_stats[0].x, own_stats[1].x);
+    for (int c = lane + 2048; c < chunks; c += 1024) top = fmaxf(top, stats[c].x);
     top = warp_max(top);
     if ((lane & 31) == 0) tops[lane / 32] = top;
     __syncthreads();
     top = warp_max(tops[lane & 31]);
     auto finish = [&]() {
         __syncthreads();
+        // Whole lines of the row.
+        u64 begin = (u64(x) + 127) / 128, end = is_last_use ? u64(x + vocab) / 128 : 0;
+        for (u64 line = begin + lane; line < end; line += 1024) discard_line((void *)(line * 128));
         if (lane == 0) {
             int token = min(max(chosen, 0), vocab - 1);
             tokens[row] = token;
@@ -128,17 +133,24 @@ choose(const float *logits, const float4 *stats, const float *temperature, const
         return;
     }
     float inverse = 1.f / t;
-    if ((k <= 0 || k >= vocab) && p >= 1.f && least <= 0.f && chunks <= 1024) {
+    if ((k <= 0 || k >= vocab) && p >= 1.f && least <= 0.f && chunks <= 2048) {
         // A plain draw: the chunk by the survey's sums, then the token inside it.
-        u64 own = own_stats.x > -infinity()
-                      ? u64(double(own_stats.z) * double(__expf((own_stats.x - top) * inverse)) * 4294967296.0) : 0;
-        Scan chunks_to = scan(own, warps);
-        u64 target = u64(double(u) * double(chunks_to.all)), before = chunks_to.here - own;
-        if (target >= before && target < chunks_to.here) prefix = lane, budget = target - before;
+        u64 own[2];
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            float4 s = own_stats[i];
+            own[i] = s.x > -infinity() ? u64(double(s.z) * double(__expf((s.x - top) * inverse)) * 4294967296.0) : 0;
+        }
+        Scan chunks_to = scan(own[0] + own[1], warps);
+        u64 target = u64(double(u) * double(chunks_to.all)), before = chunks_to.here - own[0] - own[1];
+        if (target >= before && target < chunks_to.here) {
+            bool second = target - before >= own[0];
+            prefix = 2 * lane + second, budget = target - before - (second ? own[0] : 0);
+        }
         __syncthreads();
         // Rounding may leave a little behind the chunk's last token: then that one is it.
-        int chunk = prefix, i = chunk * CHUNK + lane;
-        u64 w = lane < CHUNK && i < vocab ? weight(x[i], top, inverse) : 0;
+        int i = prefix * width + lane;
+        u64 w = lane < width && i < vocab ? weight(x[i], top, inverse) : 0;
         Scan tokens_to = scan(w, warps);
         u64 goal = min(budget, tokens_to.all - 1);
         if (goal >= tokens_to.here - w && goal < tokens_to.here) chosen = i;

@@ -52,7 +52,8 @@ pub enum Products {
     Library,
     /// Those of up to 16 rows `kernels/stream.cu` or `gemv.cu`, of up to 8 with long rows of weights
     /// `wide.cu`, of 17 to 64 `narrow.cu`, `strip.cu` (large matrices) or `strip_short.cu` (short rows of weights), of
-    /// 65 to 256 `strip_tall.cu` (small matrices), each where it is faster, and cuBLASLt the others.
+    /// 65 to 256 `strip_tall.cu` (small matrices), and logits of 17 to 128 `head.cu`, each where it is faster, and cuBLASLt
+    /// the others.
     #[default]
     Own,
 }
@@ -97,6 +98,7 @@ impl CudaBackend {
         }
         if card.has_warpgroups() {
             modules.extend(crate::narrow::narrow_variants());
+            modules.extend(crate::head::head_variants());
         }
         if let Some(model) = model {
             modules.extend(model.modules(card, device.multiprocessors));
@@ -406,6 +408,16 @@ impl Backend for CudaBackend {
     fn linear(&self, args: &Linear<'_>, out: &Tensor) -> Result<()> {
         self.settle()?;
         self.linear_op(args, out)
+    }
+
+    fn logits(
+        &self,
+        args: &Linear<'_>,
+        temperature: &Tensor,
+        out: &Tensor,
+    ) -> Result<Option<Tensor>> {
+        self.settle()?;
+        self.logits_op(args, temperature, out)
     }
 
     fn gated_linear(&self, args: &Linear<'_>, activation: Activation, out: &Tensor) -> Result<()> {

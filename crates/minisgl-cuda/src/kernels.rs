@@ -26,6 +26,7 @@ pub enum Module {
     Strip,
     StripShort,
     StripTall,
+    Head,
     Attention,
     Decode,
     Attend,
@@ -82,6 +83,13 @@ impl Module {
                     include_str!("../kernels/ring.cuh"),
                     include_str!("../kernels/strip.cuh"),
                     include_str!("../kernels/strip_tall.cu")
+                )
+            }
+            Module::Head => {
+                concat!(
+                    include_str!("../kernels/hopper.cuh"),
+                    include_str!("../kernels/ring.cuh"),
+                    include_str!("../kernels/head.cu")
                 )
             }
             Module::Attention => include_str!("../kernels/attention.cu"),

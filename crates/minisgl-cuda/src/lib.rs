@@ -23,6 +23,7 @@ mod fault;
 mod gemm;
 mod group;
 mod half_layer;
+mod head;
 mod kernels;
 mod linear;
 mod mailbox;

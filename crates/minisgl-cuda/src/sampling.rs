@@ -4,6 +4,7 @@ use minisgl_tensor::{Adjust, DType, Logprobs, Result, Sample, Tensor};
 
 use crate::backend::CudaBackend;
 use crate::device::{Launch, args};
+use crate::head::TILE;
 use crate::kernels::Module;
 
 /// Logits that one warp of `survey` looks at; `CHUNK` in `sample.cu`.
@@ -51,19 +52,16 @@ impl CudaBackend {
     pub(crate) fn sample_op(&self, a: &Sample<'_>, logits: &Tensor) -> Result<()> {
         self.fault.iter().try_for_each(|fault| fault.step(self))?;
         let (rows, vocab) = (logits.dim(0), logits.row_len());
-        let chunks = vocab.div_ceil(CHUNK);
-        let stats = self.scratch("sample", DType::F32, &[rows, chunks, 4])?;
-        let survey = self.kernels.get(Module::Sample, &[], "survey")?;
+        let (stats, chunk) = match a.survey {
+            Some(survey) => (survey.clone(), TILE),
+            None => (self.survey(a, logits)?, CHUNK),
+        };
+        // Without a survey of theirs, logits have just been read, and mostly are in memory already.
+        let is_last_use = a.last_use && a.survey.is_some();
         let choose = self.kernels.get(Module::Sample, &[], "choose")?;
-        let shape =
-            Launch { grid: [rows, chunks.div_ceil(4), 1], threads: 128, shared: 0, cluster: 1 };
-        // SAFETY: the kernels' parameters in order; every tensor has an entry a row.
+        // SAFETY: the kernel's parameters in order; every tensor has an entry a row, `stats` one for each chunk of
+        // a row.
         unsafe {
-            self.device.launch(
-                survey,
-                shape,
-                args![logits, a.temperature, vocab, chunks, &stats],
-            )?;
             self.device.launch(
                 choose,
                 Launch::new(rows, 1024),
@@ -78,12 +76,29 @@ impl CudaBackend {
                     a.position,
                     a.slots,
                     vocab,
-                    chunks,
+                    vocab.div_ceil(chunk),
+                    chunk,
+                    is_last_use,
                     a.token_table,
                     a.tokens
                 ],
             )
         }
+    }
+
+    /// What `choose` needs to know of each chunk of logits.
+    fn survey(&self, a: &Sample<'_>, logits: &Tensor) -> Result<Tensor> {
+        let (rows, vocab) = (logits.dim(0), logits.row_len());
+        let chunks = vocab.div_ceil(CHUNK);
+        let stats = self.scratch("sample", DType::F32, &[rows, chunks, 4])?;
+        let kernel = self.kernels.get(Module::Sample, &[], "survey")?;
+        let grid = [rows, chunks.div_ceil(4), 1];
+        let shape = Launch { grid, threads: 128, shared: 0, cluster: 1 };
+        // SAFETY: the kernel's parameters in order; `stats` has an entry for each chunk of a row.
+        unsafe {
+            self.device.launch(kernel, shape, args![logits, a.temperature, vocab, chunks, &stats])
+        }?;
+        Ok(stats)
     }
 
     pub(crate) fn logprobs_op(&self, a: &Logprobs<'_>, logits: &Tensor) -> Result<()> {

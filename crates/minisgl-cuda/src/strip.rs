@@ -219,8 +219,7 @@ fn sent_bytes(blocks: usize, units: usize) -> usize {
 }
 
 impl CudaBackend {
-    /// How `strip` divides a product, where it is to take it. The head's, which are into f32, were not faster than
-    /// cuBLASLt's.
+    /// How `strip` divides a product, where it is to take it. The head's are `head.cu`'s, or cuBLASLt's.
     pub(crate) fn strips(&self, a: &Linear<'_>, out: &Tensor) -> Option<Division> {
         let (weight, rows) = (tensor(a.weight), a.x.dim(0));
         let (w_rows, k) = (weight.elements() / weight.row_len(), weight.row_len());

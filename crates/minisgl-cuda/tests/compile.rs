@@ -97,6 +97,9 @@ fn kernels_compile_without_spills() {
                 check(Module::StripTall, &defines, arch, false, true);
             }
         }
+        for rows in [64, 128].into_iter().filter(|_| arch == "sm_90a") {
+            check(Module::Head, &[("ROWS", rows)], arch, false, true);
+        }
         for (dim, group) in
             [(64, 1), (64, 7), (128, 2), (128, 5)].into_iter().filter(|_| arch == "sm_90a")
         {
@@ -172,6 +175,7 @@ fn kernels_compile_without_spills() {
             &[("DIM", 128), ("SOFT_CAP", 0)][..],
             &[("HALVES", 2), ("CASCADE", 1)][..],
         ),
+        (Module::Head, &[], &[("ROWS", 64)]),
         (Module::Narrow, &product[..2], &[("ROWS", 32), ("GROUPS", 1)]),
         (Module::Prefill, &[("DIM", 128)], &[("GROUP", 2), ("SOFT_CAP", 0)]),
         (Module::Stream, &product, &[("HALVES", 2), ("TILES", 2)]),

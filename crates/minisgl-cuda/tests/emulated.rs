@@ -12,12 +12,14 @@ use rayon::prelude::*;
 const SEEDS: [&str; 4] = ["1", "2", "3", "4"];
 
 /// Programs of `emulator`, and what the kernel is specialised by.
-const PROGRAMS: [(&str, &[(&str, i32)]); 24] = [
+const PROGRAMS: [(&str, &[(&str, i32)]); 27] = [
     ("attend", &[("DIM", 128), ("GROUP", 2), ("SECOND", 2), ("LATE", 32)]),
     ("attend", &[("DIM", 128), ("GROUP", 2), ("SECOND", 8), ("LATE", 18)]),
     ("attend", &[("DIM", 64), ("GROUP", 12), ("SECOND", 2), ("LATE", 0)]),
     ("decode", &[("DIM", 128), ("GROUP", 2), ("SOFT_CAP", 0), ("CASCADE", 0)]),
     ("decode", &[("DIM", 64), ("GROUP", 4), ("SOFT_CAP", 1), ("CASCADE", 1)]),
+    ("head", &[("ROWS", 64)]),
+    ("head", &[("ROWS", 128)]),
     ("mlp", &[("CLUSTER", 8), ("FIRST", 2), ("SECOND", 3)]),
     ("mlp", &[("CLUSTER", 8), ("FIRST", 3), ("SECOND", 8)]),
     ("narrow", &[("ROWS", 32), ("GROUPS", 1), ("GATED", 0), ("NORM", 1)]),
@@ -34,6 +36,7 @@ const PROGRAMS: [(&str, &[(&str, i32)]); 24] = [
     ("wide", &[("STAGES", 12), ("NORM", 1), ("GATED", 0), ("OUT_F32", 0)]),
     ("wide", &[("STAGES", 10), ("NORM", 1), ("GATED", 1), ("OUT_F32", 0)]),
     ("decode", &[("DIM", 64), ("GROUP", 4), ("SOFT_CAP", 1), ("CASCADE", 0), ("RACE_CHECKED", 1)]),
+    ("head", &[("ROWS", 64), ("RACE_CHECKED", 1)]),
     ("narrow", &[("ROWS", 32), ("GROUPS", 1), ("GATED", 1), ("NORM", 1), ("RACE_CHECKED", 1)]),
     ("prefill", &[("DIM", 64), ("GROUP", 2), ("SOFT_CAP", 0), ("RACE_CHECKED", 1)]),
     ("wide", &[("STAGES", 8), ("NORM", 1), ("GATED", 0), ("OUT_F32", 0), ("RACE_CHECKED", 1)]),

@@ -1,6 +1,8 @@
 //! Decode batches of fixed sizes, recorded once and launched as one.
 
-use minisgl_tensor::{BackendError, Graph, Tensor};
+use minisgl_tensor::{BackendError, Graph};
+
+use crate::layers::Logits;
 
 /// One recorded forward pass for each bucket; two where some steps share prefixes and some do not.
 #[derive(Default)]
@@ -14,8 +16,8 @@ struct Bucket {
     /// Whether it was recorded with `Batch::shared`.
     shares: bool,
     graph: Box<dyn Graph>,
-    /// `[rows, vocabulary]`: where the graph leaves its logits.
-    logits: Tensor,
+    /// Where the graph leaves its logits.
+    logits: Logits,
 }
 
 /// Sizes up to `rows_max`: 1, 2, 4, then every multiple of 8, of 16 from 32 on, of 32 from 128 on,
@@ -37,7 +39,7 @@ pub fn bucket_sizes(rows_max: usize) -> Vec<usize> {
 }
 
 impl Graphs {
-    pub fn push(&mut self, rows: usize, shares: bool, graph: Box<dyn Graph>, logits: Tensor) {
+    pub fn push(&mut self, rows: usize, shares: bool, graph: Box<dyn Graph>, logits: Logits) {
         self.buckets.push(Bucket { rows, shares, graph, logits });
         self.buckets.sort_by_key(|bucket| bucket.rows);
     }
@@ -48,7 +50,7 @@ impl Graphs {
     }
 
     /// Launches the graph of bucket `size` with shared prefixes or without; its logits.
-    pub fn launch(&self, size: usize, shares: bool) -> Result<&Tensor, BackendError> {
+    pub fn launch(&self, size: usize, shares: bool) -> Result<&Logits, BackendError> {
         let wanted = |bucket: &&Bucket| (bucket.rows, bucket.shares) == (size, shares);
         let bucket = self.buckets.iter().find(wanted).expect("both ways of a size are recorded");
         bucket.graph.launch()?;
@@ -78,7 +80,8 @@ mod tests {
     #[test]
     fn a_step_finds_the_smallest_graph_that_is_like_it() {
         let backend = CpuBackend::new(CpuOptions { threads: Some(1), ..CpuOptions::default() });
-        let logits = backend.unwrap().alloc(DType::F32, &[8, 4]).unwrap();
+        let values = backend.unwrap().alloc(DType::F32, &[8, 4]).unwrap();
+        let logits = Logits { values, survey: None };
         let (mut graphs, launched) = (Graphs::default(), Arc::new(AtomicUsize::new(0)));
         for (number, (rows, shares)) in
             [(8, false), (8, true), (4, false), (4, true), (1, false)].into_iter().enumerate()
@@ -88,7 +91,7 @@ mod tests {
         }
         for (rows, shares, number) in [(1, false, 4), (3, true, 3), (4, false, 2), (5, true, 1)] {
             let size = graphs.bucket_for(rows).unwrap();
-            assert!(graphs.launch(size, shares).unwrap().dim(0) >= rows);
+            assert!(graphs.launch(size, shares).unwrap().values.dim(0) >= rows);
             assert_eq!(launched.load(Ordering::SeqCst), number, "{rows} rows, {shares}");
         }
         assert_eq!(graphs.bucket_for(9), None);

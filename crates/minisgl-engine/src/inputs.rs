@@ -52,8 +52,19 @@ pub struct StepInputs {
 }
 
 impl StepInputs {
+    /// `[rows] F32` of a bucket, where each of its steps has them; else of the rows that sample.
+    pub fn temperature(&self) -> &Tensor {
+        &self.temperature
+    }
+
     /// The arguments of `Backend::sample`.
-    pub fn sample<'a>(&'a self, workspace: &'a Workspace, tokens: &'a Tensor) -> Sample<'a> {
+    pub fn sample<'a>(
+        &'a self,
+        workspace: &'a Workspace,
+        survey: Option<&'a Tensor>,
+        last_use: bool,
+        tokens: &'a Tensor,
+    ) -> Sample<'a> {
         Sample {
             temperature: &self.temperature,
             top_k: &self.top_k,
@@ -63,6 +74,8 @@ impl StepInputs {
             position: &self.position,
             slots: &self.slots,
             all_greedy: self.all_greedy,
+            survey,
+            last_use,
             token_table: &workspace.token_table,
             tokens,
         }
@@ -239,7 +252,7 @@ impl Inputs {
             host: Some(Arc::new(host_batch)),
             shared,
         };
-        self.pack_sampling(packer, plan, batch, self.view(ids))
+        self.pack_sampling(packer, plan, batch, self.view(ids), pad)
     }
 
     /// Deals rows that share a prefix into lots. There is room for the most lots that so many rows can
@@ -288,6 +301,7 @@ impl Inputs {
         plan: &StepPlan,
         batch: Batch,
         ids: Tensor,
+        pad: usize,
     ) -> StepInputs {
         let sampling: Vec<_> = plan
             .rows
@@ -303,8 +317,9 @@ impl Inputs {
         }
         let bits = |value: f32| value.to_bits() as i32;
         let params = || sampling.iter().map(|(_, _, params)| *params);
+        // First, as a graph reads them where they were when it was recorded.
+        let temperature = packer.push_padded(params().map(|p| bits(p.temperature)), pad, 0);
         let last_tokens = packer.push(sampling.iter().map(|(index, ..)| ends[*index]));
-        let temperature = packer.push(params().map(|p| bits(p.temperature)));
         let top_k = packer.push(params().map(|p| i32::try_from(p.top_k).unwrap_or(i32::MAX)));
         let top_p = packer.push(params().map(|p| bits(p.top_p)));
         let min_p = packer.push(params().map(|p| bits(p.min_p)));
@@ -356,10 +371,39 @@ mod tests {
     use super::*;
     use minisgl_cpu::{CpuBackend, CpuOptions};
     use minisgl_scheduler::plan::{PlanRow, SharedPrefix, Slot};
+    use minisgl_scheduler::sampling::SamplingParams;
 
     fn integers(backend: &CpuBackend, tensor: &Tensor) -> Vec<i32> {
         let bytes = backend.download(tensor).unwrap().wait().unwrap();
         bytemuck::allocation::pod_collect_to_vec(&bytes)
+    }
+
+    #[test]
+    fn temperatures_of_a_bucket_always_lie_in_the_same_place() {
+        let cpu = CpuOptions { threads: Some(1), ..CpuOptions::default() };
+        let backend = CpuBackend::new(cpu).unwrap();
+        let sizes = StepSizes { tokens: 16, rows: 8 };
+        let mut inputs = Inputs::new(&backend, sizes, 4, 64, 3).unwrap();
+        let recorded = inputs.upload_padding(&backend, 8).unwrap().temperature;
+        let sampling = Arc::new(SamplingParams { temperature: 0.5, ..SamplingParams::default() });
+        let row = |slot| PlanRow {
+            slot: Slot(slot),
+            cached_len: 30,
+            extend_len: 1,
+            input: RowInput::Sampled,
+            output: RowOutput::Sample(Arc::clone(&sampling)),
+        };
+        let plan = StepPlan {
+            step: 0,
+            rows: (0..5).map(row).collect(),
+            page_updates: Vec::new(),
+            adjustments: None,
+            shared_prefixes: Vec::new(),
+        };
+        let now = inputs.upload(&backend, &plan, Some(8)).unwrap().temperature;
+        assert_eq!((now.address(), now.shape()), (recorded.address(), recorded.shape()));
+        let bits = 0.5_f32.to_bits() as i32;
+        assert_eq!(integers(&backend, &now), [bits, bits, bits, bits, bits, 0, 0, 0]);
     }
 
     /// A graph is recorded over padding, and must find every later step's lots where it found that.

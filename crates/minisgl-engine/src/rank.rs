@@ -13,7 +13,7 @@ use crate::footprint::{matrix_bytes, megabytes};
 use crate::graphs::{Graphs, bucket_sizes};
 use crate::inputs::{Inputs, StepInputs};
 use crate::kv::{KvBudget, KvPool};
-use crate::layers::{Attention, ForwardCtx};
+use crate::layers::{Attention, ForwardCtx, Logits};
 use crate::models::{self, Model};
 use crate::options::EngineOptions;
 use crate::sampler::{self, Collected, Score};
@@ -188,13 +188,15 @@ impl Rank {
         Ok(collected)
     }
 
-    fn logits(&self, ctx: &ForwardCtx<'_>, inputs: &StepInputs) -> Result<Tensor, BackendError> {
+    fn logits(&self, ctx: &ForwardCtx<'_>, inputs: &StepInputs) -> Result<Logits, BackendError> {
+        let head = self.loaded.model.head();
+        let temperature = Some(inputs.temperature());
         if inputs.dense {
-            return self.loaded.model.head().forward(ctx, &ctx.hidden());
+            return head.forward(ctx, &ctx.hidden(), temperature);
         }
         let rows = ctx.workspace.gathered.first(inputs.sampled_rows.len());
         ctx.backend.gather(&ctx.hidden(), &inputs.last_tokens, &rows)?;
-        self.loaded.model.head().forward(ctx, &rows)
+        head.forward(ctx, &rows, temperature)
     }
 
     /// The log-probabilities of input tokens, as many at once as the logits' buffer holds.
@@ -215,7 +217,7 @@ impl Rank {
                 let part = |index: usize| device.rows(index..index + 1).reshape(&[targets.len()]);
                 let rows = ctx.workspace.gathered.first(targets.len());
                 ctx.backend.gather(&ctx.hidden(), &part(0), &rows)?;
-                let logits = self.loaded.model.head().forward(ctx, &rows)?;
+                let logits = self.loaded.model.head().forward(ctx, &rows, None)?.values;
                 let downloads =
                     sampler::logprobs(ctx.backend, ctx.workspace, &part(1), top, &logits)?;
                 let wanted = targets.iter().map(Option::is_some).collect();
@@ -284,7 +286,9 @@ impl Rank {
             let mut logits = None;
             let mut forward = || {
                 self.loaded.model.forward(&ctx)?;
-                logits = Some(self.loaded.model.head().forward(&ctx, &ctx.hidden())?);
+                let temperature = Some(inputs.temperature());
+                logits =
+                    Some(self.loaded.model.head().forward(&ctx, &ctx.hidden(), temperature)?);
                 Ok(())
             };
             let graph = backend.capture(&mut forward)?;

@@ -4,6 +4,7 @@ use minisgl_scheduler::plan::{DeviceSpan, RowOutput, StepPlan, StepResult, Token
 use minisgl_tensor::{Adjust, Backend, BackendError, Download, Logprobs, Mark, Tensor};
 
 use crate::inputs::StepInputs;
+use crate::layers::Logits;
 use crate::workspace::{TOP_LOGPROBS_MAX, Workspace};
 
 /// A step's results on their way to the host.
@@ -45,8 +46,9 @@ pub fn sample(
     workspace: &Workspace,
     plan: &StepPlan,
     inputs: &StepInputs,
-    logits: &Tensor,
+    logits: &Logits,
 ) -> Result<Collected, BackendError> {
+    let Logits { values: logits, mut survey } = logits.clone();
     let sampled = inputs.sampled_rows.len();
     if let Some(cell) = &plan.adjustments {
         let adjustments = cell.wait();
@@ -60,15 +62,17 @@ pub fn sample(
             masks.extend(adjustment.mask.as_ref().map(|mask| (row, mask.as_slice())));
         }
         if !edits.is_empty() || !masks.is_empty() {
-            backend.adjust(&Adjust { edits: &edits, masks: &masks }, logits)?;
+            backend.adjust(&Adjust { edits: &edits, masks: &masks }, &logits)?;
+            survey = None;
         }
     }
     let tokens = workspace.tokens.first(sampled);
-    backend.sample(&inputs.sample(workspace, &tokens), logits)?;
     let asked = inputs.sampled_rows.iter().filter_map(|row| logprobs_of(plan, *row)).max();
+    let args = inputs.sample(workspace, survey.as_ref(), asked.is_none(), &tokens);
+    backend.sample(&args, &logits)?;
     Ok(Collected {
         logprobs: match asked {
-            Some(top) => Some(logprobs(backend, workspace, &tokens, top as usize, logits)?),
+            Some(top) => Some(logprobs(backend, workspace, &tokens, top as usize, &logits)?),
             None => None,
         },
         tokens: Some(backend.download(&tokens)?),

@@ -162,6 +162,17 @@ pub trait Backend: Send + Sync {
 
     // ---- logits and sampling; logits are f32 [rows, vocab] ----
 
+    /// `linear` of a model's head. `temperature [rows] F32` is what `sample` will be asked to draw with: a device may
+    /// gather on the way what `sample` would have to read all logits for. It gives what it gathered, for
+    /// `Sample::survey`, which holds until the next call and only while the logits are what they are.
+    fn logits(
+        &self,
+        args: &Linear<'_>,
+        _temperature: &Tensor,
+        out: &Tensor,
+    ) -> Result<Option<Tensor>> {
+        self.linear(args, out).map(|()| None)
+    }
     /// `logits = cap · tanh(logits / cap)`.
     fn soft_cap(&self, logits: &Tensor, cap: f32) -> Result<()>;
     /// Applies edits and masks. See `Adjust`.
@@ -499,6 +510,10 @@ pub struct Sample<'a> {
     pub slots: &'a Tensor,
     /// Whether every row is greedy, so that a simpler kernel does.
     pub all_greedy: bool,
+    /// What `Backend::logits` gave with these very logits.
+    pub survey: Option<&'a Tensor>,
+    /// Whether nobody reads the logits afterwards: they may be lost.
+    pub last_use: bool,
     /// Written: `[slots] I32`.
     pub token_table: &'a Tensor,
     /// Written: `[rows] I32`.

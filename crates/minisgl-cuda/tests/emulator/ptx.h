@@ -27,6 +27,7 @@ template <> inline float from_float<float>(float x) { return x; }
 template <> inline bf16 from_float<bf16>(float x) { return to_bf16(x); }
 inline float power_of_2(float x) { return exp2f(x); }
 inline int arrive_at(int *count) { return (*count)++; }
+inline void discard_line(void *line) { memset(line, 0xff, 128); }
 
 inline void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     struct Factors { u32 a[4], b[2]; };

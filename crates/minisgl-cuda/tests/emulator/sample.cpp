@@ -10,7 +10,7 @@ alignas(128) thread_local unsigned char memory[machine::SHARED_BYTES + machine::
 // A row's parameters. With `k` so many logits are left, all others with 0.
 struct Row { float temperature, top_p, min_p; int k; };
 
-static void check(int vocab, float spread, bool has_numbers) {
+static void check(int vocab, float spread, bool has_numbers, bool is_last_use) {
     const std::vector<Row> rows = {
         {0, 1, 0, 0}, {1, 1, 0, 0}, {0.6f, 1, 0, 0}, {2, 1, 0, 0}, {1, 1, 0, 5}, {1, 0.5f, 0, 0}, {1, 1, 0.3f, 0},
         // Borders among equals.
@@ -60,13 +60,14 @@ static void check(int vocab, float spread, bool has_numbers) {
         }
         stats = surveyed;
     }
+    const std::vector<float> kept = logits;
     machine::run({
         .blocks = count, .cluster = 1, .threads = 1024,
         .memory = [] { return memory; },
         .previous = [] {},
         .kernel = [&] {
             choose(logits.data(), stats.data(), temperature.data(), top_k.data(), top_p.data(), min_p.data(), seeds.data(), position.data(),
-                   slots.data(), vocab, chunks, table.data(), tokens.data());
+                   slots.data(), vocab, chunks, CHUNK, is_last_use, table.data(), tokens.data());
         },
     });
     for (int row = 0; row < count; row++) {
@@ -75,7 +76,7 @@ static void check(int vocab, float spread, bool has_numbers) {
         if (slots[row] >= 0 && table[slots[row]] != token) machine::fail("row %d: %d in the table and not %d", row, table[slots[row]], token);
         if (token < 0 || token >= vocab) machine::fail("row %d: %d", row, token);
         if (!has_numbers) continue;
-        const float *of = &logits[size_t(row) * vocab];
+        const float *of = &kept[size_t(row) * vocab];
         std::vector<int> order(vocab);
         for (int i = 0; i < vocab; i++) order[i] = i;
         std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return of[a] > of[b]; });
@@ -103,10 +104,11 @@ int main(int count, char **seeds) {
     // Of Random123's known answers, that for zeros.
     if (uniform(0, 0, 0) != (0x6627e8d5 >> 8) / 16777216.f) machine::fail("%g is not Philox's", uniform(0, 0, 0));
     return with_seeds(count, seeds, [] {
-        check(1100, 1, true);
+        check(1100, 1, true, false);
+        check(1100, 1, true, true);
         // More chunks than threads have for themselves.
-        if (CHUNK < 512) check(1050 * CHUNK + 5, 3, true);
-        check(CHUNK - 1, 0.1f, true);
-        check(700, 1, false);
+        if (CHUNK < 512) check(2080 * CHUNK + 5, 3, true, true);
+        check(CHUNK - 1, 0.1f, true, true);
+        check(700, 1, false, false);
     });
 }

@@ -3,6 +3,7 @@
 
 mod attention;
 mod linear;
+mod logits;
 
 use half::bf16;
 use minisgl_cuda::{CudaBackend, CudaOptions};
@@ -394,6 +395,8 @@ fn sampling() {
                 position: &r.ints(&positions, &[rows]),
                 slots: &r.ints(&positions, &[rows]),
                 all_greedy: t == 0.0,
+                survey: None,
+                last_use: false,
                 token_table: &table,
                 tokens: &tokens,
             };

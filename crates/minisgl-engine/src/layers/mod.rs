@@ -8,7 +8,7 @@ mod vocabulary;
 pub use attention::{Attention, AttentionSpec};
 pub use linear::{ColumnPart, Linear};
 pub use mlp::{Experts, Mlp};
-pub use vocabulary::{Embedding, Head};
+pub use vocabulary::{Embedding, Head, Logits};
 
 use minisgl_tensor::{Backend, Batch, Collective, Tensor};
 

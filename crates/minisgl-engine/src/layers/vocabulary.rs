@@ -44,6 +44,23 @@ impl Embedding {
     }
 }
 
+/// What a head gives.
+#[derive(Clone)]
+pub struct Logits {
+    /// `[rows, vocabulary] F32`, padded to a multiple of the ranks.
+    pub values: Tensor,
+    /// As `Backend::logits` gave it, where these are its logits as they were.
+    pub survey: Option<Tensor>,
+}
+
+impl Logits {
+    /// Of the first `rows` rows.
+    pub fn first(&self, rows: usize) -> Self {
+        let survey = self.survey.as_ref().map(|survey| survey.first(rows));
+        Self { values: self.values.first(rows), survey }
+    }
+}
+
 /// Vectors to logits.
 pub struct Head {
     weight: Weight,
@@ -82,9 +99,14 @@ impl Head {
         Ok(Self { weight, norm, padding, soft_cap: config.logit_soft_cap })
     }
 
-    /// The logits of `x [rows, hidden]`, the residual stream's last state: `[rows, vocabulary]`,
-    /// padded to a multiple of the ranks.
-    pub fn forward(&self, ctx: &ForwardCtx<'_>, x: &Tensor) -> Result<Tensor, BackendError> {
+    /// The logits of `x [rows, hidden]`, the residual stream's last state. `temperature`: each row's, where they will
+    /// be sampled from.
+    pub fn forward(
+        &self,
+        ctx: &ForwardCtx<'_>,
+        x: &Tensor,
+        temperature: Option<&Tensor>,
+    ) -> Result<Logits, BackendError> {
         let rows = x.dim(0);
         let (part_width, ranks) = (self.weight.rows(), ctx.collective.size());
         let part = ctx.workspace.logits_part.reshape(&[rows, part_width]);
@@ -95,8 +117,12 @@ impl Head {
             bias: self.padding.as_ref(),
             store: Store::Set,
         };
+        if let (Some(temperature), 1, None) = (temperature, ranks, self.soft_cap) {
+            let survey = ctx.backend.logits(&args, temperature, &part)?;
+            return Ok(Logits { values: part, survey });
+        }
         ctx.backend.linear(&args, &part)?;
-        let logits = match &ctx.workspace.logits {
+        let values = match &ctx.workspace.logits {
             None => part,
             Some(whole) => {
                 let whole = whole.reshape(&[rows, part_width * ranks]);
@@ -105,9 +131,9 @@ impl Head {
             }
         };
         if let Some(cap) = self.soft_cap {
-            ctx.backend.soft_cap(&logits, cap)?;
+            ctx.backend.soft_cap(&values, cap)?;
         }
-        Ok(logits)
+        Ok(Logits { values, survey: None })
     }
 }
 
