@@ -14,7 +14,7 @@
 // Lots of 64 rows of x.
 #define LOTS (ROWS / 64)
 #define STAGES_MAX 16
-// Named barriers: of the team whose turn it is, and of one that stores.
+// Named barriers, one for each team: that it is its turn.
 #define TURN 1
 
 struct Args {

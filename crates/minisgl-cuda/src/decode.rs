@@ -375,8 +375,8 @@ impl CudaBackend {
 
     pub(crate) fn decode(&self, planned: &PlannedDecode) -> Result<()> {
         let PlannedDecode { function, maps: [k, v, half_k, half_v], shape, start, args } = planned;
-        let mut words = [k, v, half_k, half_v].map(address_of).to_vec();
-        words.push(address_of(args));
+        let [k, v, half_k, half_v] = [k, v, half_k, half_v].map(address_of);
+        let mut words = [k, v, half_k, half_v, address_of(args)];
         // SAFETY: the kernel's parameters in order; the maps cover the cache, the rest is the step's.
         unsafe { self.device.launch_when(*start, *function, *shape, &mut words) }
     }

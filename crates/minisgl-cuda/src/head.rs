@@ -15,7 +15,7 @@ use crate::weights::tensor;
 /// Rows of x that the kernel is compiled for.
 const ROWS: [usize; 2] = [64, 128];
 const X_ROWS: RangeInclusive<usize> = GEMV_ROWS_MAX + 1..=ROWS[1];
-/// As in the kernel: rows of w in a tile, elements of k in a step, and the most stages.
+/// As in the kernel: rows of w in a tile, elements of k in a step, the most stages, threads in all, and warps that store.
 pub(crate) const TILE: usize = 128;
 const STEP: usize = 64;
 const STAGES_MAX: usize = 16;
