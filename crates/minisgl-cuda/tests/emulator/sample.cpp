@@ -11,12 +11,14 @@ alignas(128) thread_local unsigned char memory[machine::SHARED_BYTES + machine::
 struct Row { float temperature, top_p, min_p; int k; };
 
 static void check(int vocab, float spread, bool has_numbers, bool is_last_use) {
-    const std::vector<Row> rows = {
+    std::vector<Row> rows = {
         {0, 1, 0, 0}, {1, 1, 0, 0}, {0.6f, 1, 0, 0}, {2, 1, 0, 0}, {1, 1, 0, 5}, {1, 0.5f, 0, 0}, {1, 1, 0.3f, 0},
         // Borders among equals.
         {1, 1, 0, 2}, {0.1f, 0.3f, 0, 0},
         {0, 1, 0, 0},
     };
+    // Of many logits, only some: filters look at each of them a dozen times.
+    if (vocab > 100'000) rows.erase(rows.begin() + 3, rows.end() - 1);
     int count = int(rows.size()), chunks = (vocab + CHUNK - 1) / CHUNK;
     std::vector<float> logits = random_floats(size_t(count) * vocab, 0, spread);
     // The highest more than once, and far from one another; in the last row at the end alone.
