@@ -57,19 +57,18 @@ impl<E: Engine> StepBench<E> {
     /// # Errors
     /// If the engine is too small for that, or fails.
     pub fn decode(&mut self, batch: usize, context: usize, steps: usize) -> Result<Duration> {
-        const WARM_UP: usize = 4;
-        let len = context.max(WARM_UP + 1) + steps;
+        ensure!(context > 0, "there is no decode without a context");
+        let warm_up = 4.min(context - 1);
+        let (prompt, len) = (context - warm_up, context + steps);
         self.check_room(batch, len)?;
-        let prompt = len - steps - WARM_UP;
-        let shared_pages =
-            self.shared_pages.min(prompt.saturating_sub(1) / self.engine.limits().page_size);
+        let shared_pages = self.shared_pages.min((prompt - 1) / self.engine.limits().page_size);
         self.fill(batch, prompt, len, shared_pages)?;
         let prefix = SharedPrefix { rows: (0..batch as u32).collect(), pages: shared_pages as u32 };
         let tells = self.engine.prefix_rows_max() > 1 && batch > 1 && shared_pages > 0;
         let shared_prefixes: Vec<_> = tells.then_some(prefix).into_iter().collect();
         let mut started = Instant::now();
-        for i in 0..WARM_UP + steps {
-            if i == WARM_UP {
+        for i in 0..warm_up + steps {
+            if i == warm_up {
                 self.finish()?;
                 started = Instant::now();
             }
@@ -271,9 +270,11 @@ mod tests {
         assert_eq!(bench.engine.tokens, 3 * (17 + 5));
         bench.prefill(2, 31).unwrap();
         assert_eq!(bench.engine.tokens, 3 * 22 + 2 * 2 * 31);
-        // Contexts so short that there is no way to them.
-        bench.decode(1, 2, 1).unwrap();
-        assert_eq!(bench.engine.cached[0], 6);
+        // Contexts with hardly a way to them.
+        for context in [1, 2] {
+            bench.decode(1, context, 1).unwrap();
+            assert_eq!(bench.engine.cached[0] as usize, context + 1);
+        }
     }
 
     #[test]
@@ -290,7 +291,7 @@ mod tests {
     #[test]
     fn what_does_not_fit_is_refused() {
         let mut bench = StepBench::new(CheckingEngine::default());
-        for (rows, len) in [(5, 8), (1, 64), (0, 8)] {
+        for (rows, len) in [(5, 8), (1, 64), (0, 8), (1, 0)] {
             assert!(bench.decode(rows, len, 8).is_err(), "{rows} x {len}");
         }
     }
