@@ -378,28 +378,37 @@ mod tests {
         bytemuck::allocation::pod_collect_to_vec(&bytes)
     }
 
-    #[test]
-    fn temperatures_of_a_bucket_always_lie_in_the_same_place() {
+    fn inputs() -> (CpuBackend, Inputs) {
         let cpu = CpuOptions { threads: Some(1), ..CpuOptions::default() };
         let backend = CpuBackend::new(cpu).unwrap();
         let sizes = StepSizes { tokens: 16, rows: 8 };
-        let mut inputs = Inputs::new(&backend, sizes, 4, 64, 3).unwrap();
-        let recorded = inputs.upload_padding(&backend, 8).unwrap().temperature;
-        let sampling = Arc::new(SamplingParams { temperature: 0.5, ..SamplingParams::default() });
+        let inputs = Inputs::new(&backend, sizes, 4, 64, 3).unwrap();
+        (backend, inputs)
+    }
+
+    fn decodes(rows: u32, output: &RowOutput) -> StepPlan {
         let row = |slot| PlanRow {
             slot: Slot(slot),
             cached_len: 30,
             extend_len: 1,
             input: RowInput::Sampled,
-            output: RowOutput::Sample(Arc::clone(&sampling)),
+            output: output.clone(),
         };
-        let plan = StepPlan {
+        StepPlan {
             step: 0,
-            rows: (0..5).map(row).collect(),
+            rows: (0..rows).map(row).collect(),
             page_updates: Vec::new(),
             adjustments: None,
             shared_prefixes: Vec::new(),
-        };
+        }
+    }
+
+    #[test]
+    fn temperatures_of_a_bucket_always_lie_in_the_same_place() {
+        let (backend, mut inputs) = inputs();
+        let recorded = inputs.upload_padding(&backend, 8).unwrap().temperature;
+        let sampling = Arc::new(SamplingParams { temperature: 0.5, ..SamplingParams::default() });
+        let plan = decodes(5, &RowOutput::Sample(sampling));
         let now = inputs.upload(&backend, &plan, Some(8)).unwrap().temperature;
         assert_eq!((now.address(), now.shape()), (recorded.address(), recorded.shape()));
         let bits = 0.5_f32.to_bits() as i32;
@@ -409,32 +418,19 @@ mod tests {
     /// A graph is recorded over padding, and must find every later step's lots where it found that.
     #[test]
     fn lots_of_a_bucket_always_lie_in_the_same_place() {
-        let cpu = CpuOptions { threads: Some(1), ..CpuOptions::default() };
-        let backend = CpuBackend::new(cpu).unwrap();
-        let sizes = StepSizes { tokens: 16, rows: 8 };
-        let mut inputs = Inputs::new(&backend, sizes, 4, 64, 3).unwrap();
+        let (backend, mut inputs) = inputs();
         let recorded = inputs.upload_padding(&backend, 8).unwrap().batch.shared.unwrap();
         assert_eq!(integers(&backend, &recorded.rows), [-1; 12]);
         assert_eq!(integers(&backend, &recorded.tokens), [0; 4]);
         assert_eq!(integers(&backend, &recorded.covered), [0; 8]);
 
-        let row = |slot| PlanRow {
-            slot: Slot(slot),
-            cached_len: 30,
-            extend_len: 1,
-            input: RowInput::Sampled,
-            output: RowOutput::None,
-        };
         let plan = StepPlan {
-            step: 0,
-            rows: (0..7).map(row).collect(),
-            page_updates: Vec::new(),
-            adjustments: None,
             // Four rows in lots of three leave one that has nobody to share with.
             shared_prefixes: vec![
                 SharedPrefix { rows: vec![0, 2, 3, 6], pages: 5 },
                 SharedPrefix { rows: vec![1, 4], pages: 7 },
             ],
+            ..decodes(7, &RowOutput::None)
         };
         let shared = inputs.upload(&backend, &plan, Some(8)).unwrap().batch.shared.unwrap();
         for (now, then) in [

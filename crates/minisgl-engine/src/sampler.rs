@@ -48,7 +48,8 @@ pub fn sample(
     inputs: &StepInputs,
     logits: &Logits,
 ) -> Result<Collected, BackendError> {
-    let Logits { values: logits, mut survey } = logits.clone();
+    let Logits { values: logits, survey } = logits;
+    let mut survey = survey.as_ref();
     let sampled = inputs.sampled_rows.len();
     if let Some(cell) = &plan.adjustments {
         let adjustments = cell.wait();
@@ -62,17 +63,17 @@ pub fn sample(
             masks.extend(adjustment.mask.as_ref().map(|mask| (row, mask.as_slice())));
         }
         if !edits.is_empty() || !masks.is_empty() {
-            backend.adjust(&Adjust { edits: &edits, masks: &masks }, &logits)?;
+            backend.adjust(&Adjust { edits: &edits, masks: &masks }, logits)?;
             survey = None;
         }
     }
     let tokens = workspace.tokens.first(sampled);
     let asked = inputs.sampled_rows.iter().filter_map(|row| logprobs_of(plan, *row)).max();
-    let args = inputs.sample(workspace, survey.as_ref(), asked.is_none(), &tokens);
-    backend.sample(&args, &logits)?;
+    let args = inputs.sample(workspace, survey, asked.is_none(), &tokens);
+    backend.sample(&args, logits)?;
     Ok(Collected {
         logprobs: match asked {
-            Some(top) => Some(logprobs(backend, workspace, &tokens, top as usize, &logits)?),
+            Some(top) => Some(logprobs(backend, workspace, &tokens, top as usize, logits)?),
             None => None,
         },
         tokens: Some(backend.download(&tokens)?),

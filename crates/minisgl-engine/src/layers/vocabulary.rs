@@ -117,11 +117,12 @@ impl Head {
             bias: self.padding.as_ref(),
             store: Store::Set,
         };
-        if let (Some(temperature), 1, None) = (temperature, ranks, self.soft_cap) {
-            let survey = ctx.backend.logits(&args, temperature, &part)?;
-            return Ok(Logits { values: part, survey });
-        }
-        ctx.backend.linear(&args, &part)?;
+        // Not of parts, nor of what a cap changes.
+        let temperature = temperature.filter(|_| ranks == 1 && self.soft_cap.is_none());
+        let survey = match temperature {
+            Some(temperature) => ctx.backend.logits(&args, temperature, &part)?,
+            None => ctx.backend.linear(&args, &part).map(|()| None)?,
+        };
         let values = match &ctx.workspace.logits {
             None => part,
             Some(whole) => {
@@ -133,7 +134,7 @@ impl Head {
         if let Some(cap) = self.soft_cap {
             ctx.backend.soft_cap(&values, cap)?;
         }
-        Ok(Logits { values, survey: None })
+        Ok(Logits { values, survey })
     }
 }
 
