@@ -46,56 +46,8 @@ fn kernels_compile_without_spills() {
                 }
             }
         }
-        for (units, blocks, gated, norm) in [
-            (17, 1, 1, 1),
-            (18, 1, 1, 1),
-            (18, 1, 0, 0),
-            (2, 1, 0, 1),
-            (7, 2, 0, 1),
-            (18, 2, 1, 1),
-            (5, 2, 0, 0),
-            (11, 4, 0, 0),
-            (15, 4, 0, 1),
-            (18, 4, 0, 0),
-            (18, 4, 1, 1),
-        ] {
-            for rows in [32, 64].into_iter().filter(|_| arch == "sm_90a") {
-                let defines = [
-                    ("X_ROWS", rows),
-                    ("UNITS", units),
-                    ("BLOCKS", blocks),
-                    ("GATED", gated),
-                    ("NORM", norm),
-                ];
-                check(Module::Strip, &defines, arch, false, true);
-            }
-        }
-        for (units, gated, norm) in [(2, 0, 1), (3, 1, 1), (8, 1, 1), (8, 0, 0)] {
-            let defines =
-                [("X_ROWS", 64), ("UNITS", units), ("BLOCKS", 1), ("GATED", gated), ("NORM", norm)];
-            if arch == "sm_90a" {
-                check(Module::StripShort, &defines, arch, false, true);
-            }
-        }
-        for (units, blocks, gated, norm) in [
-            (3, 1, 1, 1),
-            (4, 1, 0, 1),
-            (8, 1, 1, 1),
-            (3, 4, 0, 0),
-            (4, 2, 0, 1),
-            (8, 2, 1, 1),
-            (8, 4, 0, 1),
-        ] {
-            let defines = [
-                ("X_ROWS", 128),
-                ("UNITS", units),
-                ("BLOCKS", blocks),
-                ("GATED", gated),
-                ("NORM", norm),
-            ];
-            if arch == "sm_90a" {
-                check(Module::StripTall, &defines, arch, false, true);
-            }
+        if arch == "sm_90a" {
+            strips_compile_without_spills();
         }
         for rows in [64, 128].into_iter().filter(|_| arch == "sm_90a") {
             check(Module::Head, &[("ROWS", rows)], arch, false, true);
@@ -186,6 +138,49 @@ fn kernels_compile_without_spills() {
     ] {
         let defines = [defines, others, &[("RACE_CHECKED", 1)]].concat();
         check(module, &defines, "sm_90a", false, false);
+    }
+}
+
+fn strips_compile_without_spills() {
+    let strips = [
+        (17, 1, 1, 1),
+        (18, 1, 1, 1),
+        (18, 1, 0, 0),
+        (2, 1, 0, 1),
+        (7, 2, 0, 1),
+        (18, 2, 1, 1),
+        (5, 2, 0, 0),
+        (11, 4, 0, 0),
+        (15, 4, 0, 1),
+        (18, 4, 0, 0),
+        (18, 4, 1, 1),
+    ];
+    let short = [(2, 1, 0, 1), (3, 1, 1, 1), (8, 1, 1, 1), (8, 1, 0, 0)];
+    let tall = [
+        (3, 1, 1, 1),
+        (4, 1, 0, 1),
+        (8, 1, 1, 1),
+        (3, 4, 0, 0),
+        (4, 2, 0, 1),
+        (8, 2, 1, 1),
+        (8, 4, 0, 1),
+    ];
+    for (module, rows, variants) in [
+        (Module::Strip, 32, &strips[..]),
+        (Module::Strip, 64, &strips),
+        (Module::StripShort, 64, &short),
+        (Module::StripTall, 128, &tall),
+    ] {
+        for &(units, blocks, gated, norm) in variants {
+            let defines = [
+                ("X_ROWS", rows),
+                ("UNITS", units),
+                ("BLOCKS", blocks),
+                ("GATED", gated),
+                ("NORM", norm),
+            ];
+            check(module, &defines, "sm_90a", false, true);
+        }
     }
 }
 
